@@ -1,0 +1,29 @@
+"""allgood: one model, all your products, good images only."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "Inspector", "calibrate", "evaluate", "fit"]
+
+if TYPE_CHECKING:
+    from allgood.calibrating import calibrate
+    from allgood.evaluating import evaluate
+    from allgood.fitting import fit
+    from allgood.inference import Inspector
+    from allgood.types import InputError
+
+_HOME = {
+    "InputError": "allgood.types",
+    "Inspector": "allgood.inference",
+    "calibrate": "allgood.calibrating",
+    "evaluate": "allgood.evaluating",
+    "fit": "allgood.fitting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, loaded at first use: `import allgood` alone does not load torch."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'allgood' has no attribute '{name}'")

@@ -1,0 +1,7 @@
+"""`python -m allgood` is the command line."""
+
+import sys
+
+from allgood.cli import main
+
+sys.exit(main())

@@ -1,0 +1,60 @@
+"""What the data were: a short hash of the pictures' contents, for provenance and for caches."""
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from allgood.data.images import shown
+from allgood.types import InputError, Sample
+
+_UNREADABLE = "unreadable"
+
+
+def content_digest(path: Path | str) -> str:
+    """16 hex digits of the file's bytes (BLAKE2b, 8 bytes).
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"{shown(path)}: cannot be read ({error.strerror}); check the path and its rights"
+        ) from None
+
+
+def fingerprint(samples: Iterable[Sample]) -> str:
+    """16 hex digits over every sample's category, id, split, defect and the bytes of its files.
+
+    Order does not matter, nor where the data's root lies. A file that cannot be read counts as
+    unreadable: one bad picture does not stop a run.
+    """
+    ordered = sorted(samples, key=lambda sample: (sample.category, sample.id))
+    whole = hashlib.blake2b(digest_size=8)
+    with ThreadPoolExecutor(4) as pool:  # hashing and reading both release the interpreter's lock
+        for line in pool.map(_line, ordered):
+            whole.update(line.encode("utf-8", "surrogateescape"))
+    return whole.hexdigest()
+
+
+def digests(samples: Iterable[Sample]) -> dict[Path, str]:
+    """Picture -> `content_digest`; those that cannot be read are left out."""
+    paths = [sample.path for sample in samples]
+    with ThreadPoolExecutor(4) as pool:
+        found = zip(paths, pool.map(_digest_or_mark, paths), strict=True)
+        return {path: digest for path, digest in found if digest != _UNREADABLE}
+
+
+def _line(sample: Sample) -> str:
+    digests = [_digest_or_mark(path) for path in (sample.path, *sample.mask_paths)]
+    return "\0".join([sample.category, sample.id, sample.split, sample.defect, *digests]) + "\n"
+
+
+def _digest_or_mark(path: Path) -> str:
+    try:
+        return content_digest(path)
+    except InputError:
+        return _UNREADABLE

@@ -1,0 +1,52 @@
+"""Room 3: levels -> Match and Prediction; one file per paper.
+
+DETECTORS maps the name on the command line to where the method lives, so that listing them loads
+nothing.
+"""
+
+import difflib
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from allgood.types import InputError
+
+
+class Entry(NamedTuple):
+    module: str
+    config: str
+    detector: str
+    summary: str
+
+
+DETECTORS = {
+    "patchcore": Entry(
+        "allgood.detectors.patchcore",
+        "PatchCoreConfig",
+        "PatchCore",
+        "memory bank of patches, greedy coreset (Roth et al., CVPR 2022)",
+    ),
+    "anomalydino": Entry(
+        "allgood.detectors.anomalydino",
+        "AnomalyDINOConfig",
+        "AnomalyDINO",
+        "few-shot memory bank of ViT tokens, cosine distance (Damm et al., WACV 2025)",
+    ),
+}
+
+
+def detector_classes(name: str) -> tuple[type[Any], type[Any]]:
+    """(config class, detector class) of a method.
+
+    Raises:
+        InputError: no such method; the message suggests the nearest name.
+    """
+    if name not in DETECTORS:
+        close = difflib.get_close_matches(name, DETECTORS, n=1, cutoff=0.4)
+        raise InputError(
+            f"unknown detector '{name}'"
+            + (f"; did you mean '{close[0]}'?" if close else ";")
+            + f" known: {', '.join(sorted(DETECTORS))}"
+        )
+    entry = DETECTORS[name]
+    module = import_module(entry.module)
+    return getattr(module, entry.config), getattr(module, entry.detector)

@@ -1,0 +1,264 @@
+"""A timm backbone that never trains, is never saved with a model, and runs only as far as it is
+read.
+
+Letters: B images, C channels, H W pixels, h w patches.
+"""
+
+import difflib
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allgood.encoders import lite0
+from allgood.types import InputError
+
+EMBEDDED = "efficientnet_lite0"
+"""Name of the default encoder, whose weights come with the installation."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Everything that decides what an encoder answers."""
+
+    name: str = EMBEDDED
+    """`efficientnet_lite0` (the embedded default) or any timm backbone, with or without `.tag`."""
+    levels: tuple[int, ...] | None = None
+    """Levels to read, by timm's index (stages of a pyramid, blocks of a ViT). None: the pyramid's
+    levels of stride 8 and 16, or a ViT's last block."""
+    weights: str = "pretrained"
+    """`pretrained` (embedded, else timm's hub), `random` (seeded by the architecture alone, for
+    tests), or a local .safetensors/.pth/.bin file."""
+    norm: bool = False
+    """Apply a ViT's final LayerNorm to the levels (AnomalyDINO does, Dinomaly does not)."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "EncoderConfig":
+        levels = data["levels"]
+        return cls(**{**data, "levels": None if levels is None else tuple(levels)})
+
+
+class FrozenEncoder(nn.Module):
+    """Feature levels of a frozen backbone; owns mean, std and input range.
+
+    Attributes:
+        levels: the indices read, ascending.
+        channels: C of each level.
+        strides: input pixels per patch of each level.
+        multiple: input height and width should be multiples of this.
+        digest: 16 hex digits of the weights in use; a run keeps it, so that its memory bank is
+            never
+            compared with features of other weights.
+    """
+
+    def __init__(self, config: EncoderConfig = EncoderConfig()) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = _create(config)
+        info = self.backbone.feature_info
+        self.levels = _checked_levels(config, info)
+        self.channels = tuple(_field(info[i], "num_chs") for i in self.levels)
+        self.strides = tuple(_field(info[i], "reduction") for i in self.levels)
+        self.is_vit = hasattr(self.backbone, "pos_embed") and hasattr(self.backbone, "blocks")
+        self.multiple = self.strides[-1] if self.is_vit else 32
+        mean, std = (
+            (lite0.MEAN, lite0.STD)
+            if config.name == EMBEDDED
+            else (self.backbone.pretrained_cfg["mean"], self.backbone.pretrained_cfg["std"])
+        )
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+        # Everything behind the last level used goes, so that it costs neither time nor memory.
+        self.backbone.prune_intermediate_layers(
+            list(self.levels), prune_norm=not config.norm, prune_head=True
+        )
+        self.digest = _digest(self.backbone.state_dict())
+        self.requires_grad_(False)
+        self.eval()
+        self.to(memory_format=torch.channels_last)
+        self._native_position: Tensor | None = None
+        if self.is_vit and _is_dinov2(config.name):
+            self._native_position = self.backbone.pos_embed.detach().clone()
+
+    def train(self, mode: bool = True) -> "FrozenEncoder":
+        """Stay in evaluation mode whatever is asked: batch-norm statistics are part of the
+        features."""
+        return super().train(False)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Feature levels of a batch.
+
+        Args:
+            image: (B, 3, H, W) float in [0, 1].
+
+        Returns:
+            One (B, C, h, w) per level, shallow first; h = ceil(H / stride) for pyramids, H // patch
+            size for ViTs.
+
+        Raises:
+            InputError: the image is too small for one patch.
+        """
+        if min(image.shape[-2:]) < max(self.strides):
+            raise InputError(
+                f"an image of {image.shape[-2]} x {image.shape[-1]} pixels is too small for "
+                f"{self.config.name}, whose patches cover {max(self.strides)}: "
+                "choose a larger image size"
+            )
+        if self.is_vit and (image.shape[-2] % self.multiple or image.shape[-1] % self.multiple):
+            raise InputError(
+                f"{self.config.name} needs images whose sides are multiples of {self.multiple}, "
+                f"got {image.shape[-2]} x {image.shape[-1]}"
+            )
+        if self._native_position is not None:
+            patch = self.strides[-1]
+            self._set_position_embedding(image.shape[-2] // patch, image.shape[-1] // patch)
+        normalised = (image - self.mean) / self.std
+        with torch.no_grad():
+            return self.backbone.forward_intermediates(
+                normalised.contiguous(memory_format=torch.channels_last),
+                indices=list(self.levels),
+                norm=self.config.norm,
+                stop_early=True,
+                intermediates_only=True,
+            )
+
+    def _set_position_embedding(self, height: int, width: int) -> None:
+        native = self._native_position
+        assert native is not None
+        if self.backbone.patch_embed.grid_size != (height, width):
+            prefix = 0 if self.backbone.no_embed_class else self.backbone.num_prefix_tokens
+            resized = dinov2_position_embedding(native, height, width, num_prefix=prefix)
+            self.backbone.pos_embed = nn.Parameter(
+                resized.to(self.mean.device), requires_grad=False
+            )
+            self.backbone.patch_embed.grid_size = (height, width)
+
+
+def dinov2_position_embedding(
+    position: Tensor, height: int, width: int, *, num_prefix: int
+) -> Tensor:
+    """A DINOv2 position embedding at another grid, resampled as the papers' code does.
+
+    Bicubic with the scale factor (n + 0.1) / native per axis and without antialias; timm resamples
+    to the target size with antialias, which moves the features by about 0.4 %.
+
+    Args:
+        position: (1, num_prefix + n*n, C), the embedding as trained on a square grid.
+        height, width: the grid wanted.
+        num_prefix: leading entries that belong to no patch and stay as they are.
+
+    Returns:
+        (1, num_prefix + height*width, C).
+    """
+    prefix, grid = position[:, :num_prefix], position[:, num_prefix:]
+    side = round(grid.shape[1] ** 0.5)
+    if (height, width) == (side, side):
+        return position
+    square = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(
+        square, scale_factor=((height + 0.1) / side, (width + 0.1) / side), mode="bicubic"
+    )
+    return torch.cat([prefix, resized.permute(0, 2, 3, 1).reshape(1, height * width, -1)], dim=1)
+
+
+def _create(config: EncoderConfig) -> nn.Module:
+    """The backbone with its weights, still whole."""
+    name = lite0.ARCHITECTURE if config.name == EMBEDDED else config.name
+    if not timm.is_model(name.split(".")[0]):
+        known = [EMBEDDED, *timm.list_models()]
+        close = difflib.get_close_matches(config.name, known, n=1, cutoff=0.4)
+        raise InputError(
+            f"unknown encoder '{config.name}'"
+            + (f"; did you mean '{close[0]}'?" if close else "")
+            + " Any timm backbone works: `allgood list encoders` names the recommended ones"
+        )
+    if config.weights == "random":
+        # Seeded by nothing but the architecture: two processes build the same random network.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return _timm_model(name, pretrained=False)
+    if config.weights == "pretrained":
+        if config.name == EMBEDDED:
+            backbone = _timm_model(name, pretrained=False)
+            state = lite0.load_state()
+            features = {k: v for k, v in state.items() if not k.startswith("classifier")}
+            backbone.load_state_dict(features)
+            return backbone
+        try:
+            return _timm_model(name, pretrained=True)
+        except Exception as error:  # the hub's client raises a zoo of its own
+            raise InputError(
+                f"the weights of encoder '{config.name}' could not be fetched "
+                f"({type(error).__name__}): give a local file with --weights FILE, use the embedded "
+                f"'{EMBEDDED}', or ask for --weights random if you mean it"
+            ) from error
+    path = Path(config.weights)
+    if not path.is_file():
+        raise InputError(
+            f"weights '{config.weights}' is neither 'pretrained', 'random' nor a file that exists"
+        )
+    try:
+        return _timm_model(
+            name,
+            pretrained=True,
+            pretrained_cfg_overlay={"file": os.fspath(path), "hf_hub_id": None},
+        )
+    except Exception as error:
+        raise InputError(
+            f"{path} does not hold the weights of encoder '{config.name}': {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _timm_model(name: str, **kwargs: Any) -> nn.Module:
+    if _is_dinov2(name):
+        # We set the position embedding ourselves, see `_set_position_embedding`.
+        backbone = timm.create_model(name, num_classes=0, **kwargs)
+        backbone.patch_embed.strict_img_size = False
+        return backbone
+    try:
+        return timm.create_model(name, num_classes=0, dynamic_img_size=True, **kwargs)
+    except TypeError:  # not a ViT: takes any size by itself, or refuses in forward()
+        return timm.create_model(name, num_classes=0, **kwargs)
+
+
+def _is_dinov2(name: str) -> bool:
+    return "dinov2" in name
+
+
+def _checked_levels(config: EncoderConfig, info: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    levels = config.levels
+    if levels is None:
+        levels = tuple(i for i, level in enumerate(info) if _field(level, "reduction") in (8, 16))
+        if len({_field(info[i], "reduction") for i in levels}) < 2:  # a ViT: one stride throughout
+            levels = (len(info) - 1,)
+    for level in levels:
+        if not 0 <= level < len(info):
+            raise InputError(
+                f"encoder '{config.name}' has levels 0 to {len(info) - 1}, but level {level} was asked for"
+            )
+    if list(levels) != sorted(set(levels)) or not levels:
+        raise InputError(f"levels must ascend without repeats, got {list(levels)}")
+    return tuple(levels)
+
+
+def _field(level: Mapping[str, Any], name: str) -> int:
+    return int(level[name])
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

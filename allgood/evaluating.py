@@ -1,0 +1,430 @@
+"""Door: a run and pictures it has never seen -> metrics.json, report.html and a table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allgood.types import InputError, Sample
+
+if TYPE_CHECKING:
+    from allgood.evaluation.content import CategoryResult, GalleryItem, ReportContent
+    from allgood.inference import Inspector
+    from allgood.metrics import Metric, PixelState
+    from allgood.types import Batch, Failure, Prediction
+
+GALLERY_PER_KIND = 3
+"""Pictures shown per category and kind: found, missed, false alarm."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, and where it stands."""
+
+    metrics: Mapping[str, Any]
+    """The content of metrics.json."""
+    content: ReportContent
+    metrics_path: Path
+    report_path: Path
+
+    def __str__(self) -> str:
+        from allgood.evaluation.table import table
+
+        return f"{table(self.content)}\n\nmetrics  {self.metrics_path}\nreport   {self.report_path}"
+
+
+def evaluate(
+    run: Path,
+    data: list[Path],
+    *,
+    out: Path | None = None,
+    layout: str | None = None,
+    pixel_size: int = 256,
+    infer_category: bool = False,
+    exact: bool = False,
+    batch_size: int = 8,
+    device: str = "auto",
+) -> Evaluation:
+    """Judge the test pictures of data sets and measure how well.
+
+    Pictures that the run was fitted on are left out, however they are named. Where disk does not
+    say which pictures are for testing, the run's own seeded split says it.
+
+    Args:
+        run: folder of a fitted run.
+        data: folders or manifests, as for fitting.
+        out: folder for metrics.json and report.html; default: the run's.
+        layout: how the data lie on disk, where it is not recognised.
+        pixel_size: side at which maps and masks are compared; 0: each picture's own size.
+        infer_category: judge each picture as the category it looks like, not as the one it is.
+        exact: sort all pixels instead of the streaming histogram: no bounds, but memory.
+        batch_size: pictures that pass the network together.
+        device: auto, cpu or cuda.
+
+    Returns:
+        the numbers; `print` shows them as a table.
+
+    Raises:
+        InputError: no test pictures, a category never learned.
+    """
+    from allgood.data.fingerprint import digests, fingerprint
+    from allgood.data.readers import read_data
+    from allgood.evaluation.content import ReportContent, UnreadablePicture
+    from allgood.evaluation.report import write_report
+    from allgood.inference import Inspector
+    from allgood.metrics import mean_over_categories
+    from allgood.runs import METRICS, PROVENANCE, REPORT, read_json, write_json
+
+    started = time.monotonic()
+    inspector = Inspector(run, device=device)
+    out = Path(out) if out is not None else inspector.run
+    roots = [data] if isinstance(data, str | Path) else list(data)
+    fitted = inspector.config["data"]
+    dataset = read_data(
+        roots, layout=layout, train_share=fitted["train_share"], seed=inspector.config["seed"]
+    )
+    for category in dataset.categories:
+        inspector.index_of(category)
+    provenance = read_json(inspector.run / PROVENANCE)
+    known = set(provenance["fitted_on"])
+    digest = digests(dataset.test)
+    samples = [sample for sample in dataset.test if digest.get(sample.path) not in known]
+    num_seen = len(dataset.test) - len(samples)
+    if not samples:
+        raise InputError(
+            f"{', '.join(map(str, roots))}: no test pictures"
+            + (f"; all {num_seen} were seen in fitting" if num_seen else "")
+        )
+    judged = _judge(
+        inspector,
+        samples,
+        pixel_size=pixel_size,
+        infer_category=infer_category,
+        exact=exact,
+        batch_size=batch_size,
+    )
+    results = [_category_result(judged, name, inspector) for name in judged.names()]
+    pooled = _category_result(judged, None, inspector)
+    mean = mean_over_categories({result.name: dict(result.metrics) for result in results})
+    protocol = _protocol(inspector, judged, pixel_size, infer_category, num_seen)
+    content = ReportContent(
+        title=f"{inspector.config['detector']['name']} on {', '.join(inspector.categories)}",
+        detector=inspector.config["detector"]["name"],
+        encoder=inspector.config["encoder"]["settings"]["name"],
+        created_at=datetime.now(UTC),
+        num_training=fitted["fitted_pictures"],
+        categories=results,
+        mean=mean,
+        pooled=pooled,
+        protocol=protocol,
+        gallery=_gallery(inspector, judged, infer_category),
+        unreadable=[UnreadablePicture(str(f.path), f.reason) for f in judged.failures],
+        commands=_commands(inspector, roots, provenance),
+        wall_seconds=time.monotonic() - started,
+        versions={"allgood": provenance["allgood"], **provenance["packages"]},
+        facts={
+            "test data fingerprint": fingerprint(samples),
+            "fitted data fingerprint": provenance["data_fingerprint"],
+            "seed": str(inspector.config["seed"]),
+            "device": str(inspector.device),
+        },
+    )
+    numbers = {
+        "protocol": protocol,
+        "pixel_size": pixel_size or "own",
+        "categories": {result.name: _json(result.metrics) for result in results},
+        "mean": _json(mean),
+        "pooled": _json(pooled.metrics),
+        "alarms": {result.name: _alarms_json(result) for result in [*results, pooled]},
+        "unreadable": [[str(f.path), f.reason] for f in judged.failures],
+        "test_data_fingerprint": content.facts["test data fingerprint"],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / METRICS, numbers)
+    write_report(out / REPORT, content)
+    return Evaluation(numbers, content, out / METRICS, out / REPORT)
+
+
+class _Judged:
+    """Scores of all test pictures, and the pixel states of their categories."""
+
+    def __init__(self, exact: bool) -> None:
+        self.exact = exact
+        self.samples: list[Sample] = []
+        self.scores: list[float] = []
+        self.judged_as: list[str] = []
+        self.has_mask: list[bool] = []
+        self.pixels: dict[str, PixelState] = {}
+        self.failures: list[Failure] = []
+        self.unreadable: dict[str, int] = {}
+
+    def names(self) -> list[str]:
+        return sorted({sample.category for sample in self.samples})
+
+    def rows(self, category: str | None) -> list[int]:
+        return [
+            i
+            for i, sample in enumerate(self.samples)
+            if category is None or sample.category == category
+        ]
+
+    def add(
+        self,
+        batch: Batch,
+        prediction: Prediction,
+        pixel_size: int,
+        categories: Sequence[str],
+    ) -> None:
+        from allgood.scoring import resize_map
+
+        maps = prediction.anomaly_map
+        if pixel_size:
+            maps = resize_map(maps, (pixel_size, pixel_size))
+        for i, sample in enumerate(batch.sample):
+            self.samples.append(sample)
+            self.scores.append(float(prediction.image_score[i]))
+            self.judged_as.append(categories[int(prediction.category[i])])
+            self.has_mask.append(bool(batch.has_mask[i]) and not sample.is_good)
+            if batch.has_mask[i] and batch.mask is not None:
+                state = self.pixels.setdefault(sample.category, self.new_state())
+                state.update(
+                    maps[i].numpy(),
+                    batch.mask[i].numpy(),
+                    [f"{sample.category}/{sample.id}"],
+                )
+
+    def new_state(self) -> PixelState:
+        from allgood.metrics import PixelState
+
+        return PixelState(exact=self.exact, exact_pixels=1 << 22)
+
+
+def _judge(
+    inspector: Inspector,
+    samples: Sequence[Sample],
+    *,
+    pixel_size: int,
+    infer_category: bool,
+    exact: bool,
+    batch_size: int,
+) -> _Judged:
+    from allgood.progress import bar
+
+    judged = _Judged(exact)
+    with bar("judging pictures never seen", len(samples)) as progress:
+        for batch, prediction in inspector.predict(
+            samples,
+            failures=judged.failures,
+            batch_size=batch_size if pixel_size else 1,
+            mask_size=(pixel_size, pixel_size) if pixel_size else "own",
+            known_category=not infer_category,
+        ):
+            judged.add(batch, prediction, pixel_size, inspector.categories)
+            progress.at(len(judged.samples) + len(judged.failures))
+    if not judged.samples:
+        raise InputError(
+            f"none of the {len(samples)} test pictures could be read; {judged.failures[0].reason}"
+        )
+    category_of = {str(sample.path): sample.category for sample in samples}
+    for failure in judged.failures:
+        category = category_of[str(failure.path)]
+        judged.unreadable[category] = judged.unreadable.get(category, 0) + 1
+    return judged
+
+
+def _category_result(judged: _Judged, category: str | None, inspector: Inspector) -> CategoryResult:
+    """Of one category, or of all pooled under one threshold (category None)."""
+    import numpy as np
+
+    from allgood.evaluation.content import CategoryResult, Curves
+    from allgood.metrics import image_curves, image_metrics, mad
+
+    rows = judged.rows(category)
+    scores = np.array([judged.scores[i] for i in rows])
+    bad = np.array([not judged.samples[i].is_good for i in rows])
+    metrics: dict[str, Metric] = dict(image_metrics(scores, bad))
+    if category is None:
+        pixels = judged.new_state()
+        for state in judged.pixels.values():
+            pixels.merge(state)
+    else:
+        pixels = judged.pixels.get(category, judged.new_state())
+    metrics |= pixels.result()
+    if category is None:
+        # UniAS defines DSC per class; over a mixture its threshold means nothing.
+        del metrics["dsc"]
+    metrics["mad"] = mad(metrics)
+    calibration = _calibration_scores(inspector, category, judged.names())
+    return CategoryResult(
+        name=category or "all categories",
+        good_scores=scores[~bad],
+        defective_scores=scores[bad],
+        metrics=metrics,
+        calibration_scores=np.array(calibration),
+        alarms=_alarms(inspector, scores, bad, calibration),
+        curves=Curves.of(image_curves(scores, bad), pixels.curves()),
+        num_with_masks=sum(judged.has_mask[i] for i in rows),
+        num_unreadable=(
+            len(judged.failures) if category is None else judged.unreadable.get(category, 0)
+        ),
+    )
+
+
+def _calibration_scores(
+    inspector: Inspector, category: str | None, names: Iterable[str]
+) -> list[float]:
+    """Scores of the calibration pictures; pooled, only if every category has some."""
+    calibration = inspector.calibration
+    wanted = list(names) if category is None else [category]
+    if calibration is None or not all(calibration.knows(name) for name in wanted):
+        return []
+    return [score for name in wanted for score in calibration.image_scores[name]]
+
+
+def _alarms(inspector: Inspector, scores: Any, bad: Any, calibration: list[float]) -> Any:
+    from allgood.calibration import threshold
+    from allgood.evaluation.content import Alarms
+
+    if inspector.calibration is None or not calibration:
+        return None
+    alpha = inspector.calibration.max_false_alarm
+    limit = threshold(calibration, alpha)
+    alarm = scores > limit
+    return Alarms(limit, alpha, int((alarm & bad).sum()), int((alarm & ~bad).sum()))
+
+
+def _gallery(inspector: Inspector, judged: _Judged, infer_category: bool) -> list[GalleryItem]:
+    """The clearest finds, the worst misses and the worst false alarms of each category."""
+    if inspector.calibration is None:
+        return []
+    items = []
+    for name in judged.names():
+        if not inspector.calibration.knows(name):
+            continue
+        limit = inspector.calibration.image_threshold(name)
+        rows = sorted(judged.rows(name), key=lambda i: judged.scores[i])
+        bad = [i for i in rows if not judged.samples[i].is_good]
+        good = [i for i in rows if judged.samples[i].is_good]
+        found = [i for i in bad if judged.scores[i] > limit][::-1]
+        missed = [i for i in bad if judged.scores[i] <= limit]
+        alarms = [i for i in good if judged.scores[i] > limit][::-1]
+        for kind, chosen in (("found", found), ("missed", missed), ("false alarm", alarms)):
+            for i in chosen[:GALLERY_PER_KIND]:
+                items.append(_gallery_item(inspector, judged.samples[i], kind, infer_category))
+    return items
+
+
+def _gallery_item(
+    inspector: Inspector, sample: Sample, kind: Any, infer_category: bool
+) -> GalleryItem:
+    from allgood.data.images import read_mask, read_oriented_image
+    from allgood.evaluation.content import GalleryItem
+    from allgood.evaluation.overlay import mask_outline
+
+    category = None if infer_category else sample.category
+    inspection = next(iter(inspector.inspect([sample.path], category=category)))
+    picture, orientation = read_oriented_image(sample.path)
+    outline = None
+    if sample.mask_paths and not sample.is_good:
+        mask = read_mask(
+            sample.mask_paths,
+            size=(picture.shape[0], picture.shape[1]),
+            threshold=sample.mask_threshold,
+            orientation=orientation,
+        )
+        outline = mask_outline(picture, mask)
+    assert inspection.image_score is not None
+    return GalleryItem(
+        kind=kind,
+        category=sample.category,
+        name=sample.id,
+        defect=sample.defect,
+        image_score=inspection.image_score,
+        picture=picture,
+        overlay=inspector.overlay(inspection, picture),
+        outline=outline,
+        p_value=inspection.p_value,
+    )
+
+
+def _protocol(
+    inspector: Inspector, judged: _Judged, pixel_size: int, infer_category: bool, num_seen: int
+) -> list[str]:
+    """How it was measured, in sentences for the report and metrics.json."""
+    config = inspector.config
+    sentences = [
+        f"One model over {len(inspector.categories)} categories, fitted on "
+        f"{config['data']['fitted_pictures']} good pictures; no defective picture and no test "
+        "picture was used in fitting or in setting thresholds."
+    ]
+    if inspector.calibration is not None:
+        sentences.append(
+            f"Alarm thresholds come from {config['data']['held_out_pictures']} good pictures kept "
+            "from fitting (split-conformal, per category); the pooled row has one threshold for "
+            "all."
+            if config["data"]["held_out_pictures"]
+            else "Alarm thresholds come from good pictures given to `allgood calibrate`."
+        )
+    else:
+        sentences.append("The run is not calibrated: no alarms, ranking metrics only.")
+    if infer_category:
+        right = sum(
+            sample.category == name
+            for sample, name in zip(judged.samples, judged.judged_as, strict=True)
+        )
+        sentences.append(
+            f"The category was inferred from each picture, rightly for {right} of "
+            f"{len(judged.samples)}."
+        )
+    else:
+        sentences.append("The category of each picture was known.")
+    size = f"{pixel_size} x {pixel_size}" if pixel_size else "each picture's own size"
+    sentences.append(
+        f"Pixel metrics at {size}, over all test pictures whose mask is known, good ones included; "
+        "masks binarised at their own size and resized with nearest; AUPRO is the exact area up to "
+        "a false-positive rate of 0.3 over 8-connected regions, divided by 0.3; DSC at the "
+        "threshold where precision + recall is largest (UniAS)."
+    )
+    sentences.append("Category numbers are averaged without weights.")
+    if num_seen:
+        sentences.append(f"{num_seen} test pictures were left out: the run was fitted on them.")
+    for root, layout in config["data"]["layouts"].items():
+        if layout == "elpv":
+            sentences.append(
+                f"{root}: good is defect probability 0, defective is 1; cells between are left "
+                "out. Cells that stand together in the list stay on one side of the split."
+            )
+    return sentences
+
+
+def _commands(
+    inspector: Inspector, roots: Sequence[str | Path], provenance: Mapping[str, Any]
+) -> list[str]:
+    import shlex
+
+    fit = [Path(provenance["command"][0]).name, *provenance["command"][1:]]
+    return [
+        shlex.join(fit),
+        shlex.join(["allgood", "evaluate", str(inspector.run), *map(str, roots)]),
+    ]
+
+
+def _json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    return {name: metric.to_json() for name, metric in metrics.items()}
+
+
+def _alarms_json(result: CategoryResult) -> dict[str, Any] | None:
+    if result.alarms is None:
+        return None
+    return {
+        "threshold": result.alarms.threshold,
+        "promised_false_alarm_rate": result.alarms.alpha,
+        "found": result.alarms.num_found,
+        "defective": result.num_defective,
+        "false_alarms": result.alarms.num_false_alarms,
+        "good": result.num_good,
+    }

@@ -1,0 +1,149 @@
+"""The report of a test as one self-contained HTML page.
+
+`write_report` renders `report.html` beside this file. The page asks for nothing from elsewhere:
+pictures are embedded as JPEG, charts as SVG, and everything but the gallery's filter works without
+JavaScript. Every text is escaped, so names may hold anything.
+"""
+
+import base64
+import io
+import math
+import os
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+from PIL import Image
+
+from allgood.evaluation import charts, words
+from allgood.evaluation.content import CategoryResult, GalleryItem, Picture, ReportContent
+from allgood.evaluation.metric_rows import metric_table
+from allgood.evaluation.overlay import shrink
+from allgood.evaluation.table import table
+
+__all__ = ["render_report", "table", "write_report"]
+
+CurveRows = list[tuple[CategoryResult, list[Markup]]]
+
+_JPEG_STEPS = ((320, 85), (320, 70), (320, 50), (240, 50), (160, 50))
+"""Longest side and quality, tried in turn until a picture is small enough."""
+_PICTURES_BYTES = 2_100_000
+"""All pictures of the page together, so that it stays near 3 MB."""
+_GALLERY_HEADINGS = {
+    "missed": "Missed: defective parts without an alarm",
+    "false alarm": "False alarms: good parts with an alarm",
+    "found": "Found: defective parts with an alarm",
+}
+
+
+def write_report(path: str | os.PathLike[str], content: ReportContent) -> None:
+    """Write the page under a temporary name beside `path`, then rename it."""
+    target = Path(path)
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    # A file name that is no valid unicode holds lone surrogates, which UTF-8 cannot encode.
+    page = render_report(content).encode("utf-8", errors="replace")
+    try:
+        unfinished.write_bytes(page)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def render_report(content: ReportContent) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("allgood", "evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": words.percent,
+        "promise": words.promise,
+        "counted": words.counted,
+        "duration": words.duration,
+        "score": _score,
+        "embedded": partial(embedded_picture, most_bytes=_bytes_per_picture(content)),
+        "breakable": _breakable,
+    }
+    categories = content.categories
+    ranges, shared_axis = charts.score_ranges(categories)
+    pooled = [content.pooled] if content.pooled is not None and content.has_pooled_row else []
+    curve_names, curves = _curve_rows([*pooled, *categories])
+    return environment.get_template("report.html").render(
+        content=content,
+        pooled=pooled,
+        totals=words.Totals(categories),
+        headline=words.headline(content),
+        found_sentence=words.found_sentence,
+        false_alarm_sentence=words.false_alarm_sentence,
+        weakest=words.weakest_sentence(categories),
+        promises=words.promise_sentences(categories),
+        rate=words.rate,
+        metrics=metric_table(content),
+        histograms=[
+            (c, charts.histogram(c, axis)) for c, axis in zip(categories, ranges, strict=True)
+        ],
+        shared_axis=shared_axis,
+        curve_names=curve_names,
+        curves=curves,
+        gallery=_gallery(content),
+    )
+
+
+def embedded_picture(picture: Picture, most_bytes: int) -> str:
+    """A data URI with the picture as JPEG, compressed until it fits or nothing more would be seen.
+
+    Args:
+        picture: (H, W, 3) uint8 RGB of any size.
+        most_bytes: aimed at; base64 then adds a third.
+    """
+    small = shrink(picture)
+    for side, quality in _JPEG_STEPS:
+        buffer = io.BytesIO()
+        image = Image.fromarray(shrink(small, side))
+        image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+        if buffer.tell() <= most_bytes:
+            break
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _bytes_per_picture(content: ReportContent) -> int:
+    count = sum(2 + (item.outline is not None) for item in content.gallery)
+    return _PICTURES_BYTES // max(count, 100)
+
+
+def _score(value: float | None) -> str:
+    """Four digits; a dash for a score that is not there."""
+    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def _breakable(path: str) -> Markup:
+    """The escaped path with places where a narrow screen may break the line."""
+    return Markup(re.sub(r"([/\\_.-])", r"\1<wbr>", str(escape(path))))
+
+
+def _curve_rows(results: Sequence[CategoryResult]) -> tuple[list[str], CurveRows]:
+    """Names of the curves that at least one result defines, and the charts of each result."""
+    rows = [(c, {"ROC": c.curves.roc, "PR": c.curves.pr, "PRO": c.curves.pro}) for c in results]
+    names = [n for n in ("ROC", "PR", "PRO") if any(curves[n] is not None for _, curves in rows)]
+    if not names:
+        return [], []
+    return names, [
+        (c, [charts.curve_chart(n, curves[n], diagonal=n == "ROC") for n in names])
+        for c, curves in rows
+    ]
+
+
+def _gallery(content: ReportContent) -> list[tuple[str, str, list[GalleryItem]]]:
+    """Kind, heading and items, mistakes first; kinds without items are left out."""
+    groups = []
+    for kind, heading in _GALLERY_HEADINGS.items():
+        items = [item for item in content.gallery if item.kind == kind]
+        if items:
+            groups.append((kind, heading, items))
+    return groups

@@ -1,0 +1,371 @@
+"""Door: a run's folder and pictures -> judgements. The way of every picture: command line, server
+and Python users.
+
+read (threads) -> transform -> detector.predict -> calibration -> scores and boxes in the picture's
+own pixels
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from allgood.calibration import Calibration
+from allgood.data.batches import MaskSize, load_batches
+from allgood.data.files import did_you_mean
+from allgood.data.images import read_image
+from allgood.data.transforms import Box, Transform
+from allgood.detectors import detector_classes
+from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
+from allgood.encoders.tiled import tiled
+from allgood.evaluation.overlay import heat_overlay
+from allgood.runs import (
+    CALIBRATION,
+    IGNORE,
+    WEIGHTS,
+    read_config,
+    read_json,
+    read_weights,
+)
+from allgood.types import GOOD, Batch, Failure, InputError, Prediction, Sample
+
+_PEAK_SHARE = 0.8
+"""An alarm whose map stays below the map threshold still shows where it is highest: from this share
+of
+its maximum."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected part of the picture that looks anomalous."""
+
+    box: Box
+    """left, top, right, bottom in the picture's own pixels; right and bottom are the first
+    outside."""
+    score: float
+    """Highest value of the anomaly map inside."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is said of one picture."""
+
+    path: Path
+    category: str | None = None
+    category_inferred: bool = False
+    image_score: float | None = None
+    p_value: float | None = None
+    """Share of good pictures that look at least as anomalous; None before calibration."""
+    is_anomalous: bool | None = None
+    regions: tuple[Region, ...] = ()
+    error: str | None = None
+    """Why the picture could not be judged; everything above but `path` is then empty."""
+    input_map: Tensor | None = field(default=None, repr=False, compare=False)
+    """(h, w) anomaly map at the network's input size."""
+    original_size: tuple[int, int] = (0, 0)
+    transform: Transform | None = field(default=None, repr=False)
+
+    def anomaly_map(self) -> np.ndarray:
+        """(H, W) float32 in the picture's own size; higher is more anomalous.
+
+        Raises:
+            ValueError: the picture could not be read.
+        """
+        if self.input_map is None or self.transform is None:
+            raise ValueError(f"{self.path} has no anomaly map: {self.error}")
+        return self.transform.map_to_original(self.input_map, self.original_size).numpy()
+
+    def to_json(self) -> dict[str, Any]:
+        """What `allgood inspect` prints."""
+        if self.error is not None:
+            return {"path": str(self.path), "error": self.error}
+        return {
+            "path": str(self.path),
+            "category": self.category,
+            "category_inferred": self.category_inferred,
+            "image_score": self.image_score,
+            "p_value": self.p_value,
+            "is_anomalous": self.is_anomalous,
+            "regions": [
+                {"box": list(region.box), "score": region.score} for region in self.regions
+            ],
+        }
+
+
+class Inspector:
+    """A fitted run, ready to judge pictures.
+
+    Attributes:
+        categories: what it learned.
+        calibration: thresholds, or None before calibration.
+    """
+
+    def __init__(self, run: str | Path, *, device: str = "auto") -> None:
+        """Load a run.
+
+        Args:
+            run: folder written by `allgood.fit`.
+            device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+
+        Raises:
+            InputError: no such run, unfinished, damaged, or of another version.
+        """
+        self.run = Path(run)
+        self.config = read_config(self.run)
+        self.categories: tuple[str, ...] = tuple(self.config["categories"])
+        self.transform = Transform.from_json(self.config["transform"])
+        self.device = choose_device(device)
+        encoder = FrozenEncoder(EncoderConfig.from_json(self.config["encoder"]["settings"]))
+        if encoder.digest != self.config["encoder"]["digest"]:
+            raise InputError(
+                f"run '{self.run}' was fitted with other weights of '{encoder.config.name}' than "
+                "are installed here: install the same weights, or fit it again"
+            )
+        config_class, detector_class = detector_classes(self.config["detector"]["name"])
+        self.detector = detector_class(
+            config_class(**self.config["detector"]["settings"]),
+            tiled(encoder, self.config["tile"]),
+            self.categories,
+            seed=self.config["seed"],
+        )
+        load_weights(self.detector, read_weights(self.run / WEIGHTS))
+        self.detector.to(self.device).eval()
+        self.ignore = _read_ignore(self.run / IGNORE, self.categories)
+        self.calibration = (
+            Calibration.from_json(read_json(self.run / CALIBRATION))
+            if (self.run / CALIBRATION).is_file()
+            else None
+        )
+
+    def inspect(
+        self,
+        pictures: Iterable[str | Path],
+        *,
+        category: str | None = None,
+        batch_size: int = 8,
+    ) -> Iterator[Inspection]:
+        """Judge pictures, reading ahead while the network works.
+
+        Args:
+            pictures: files.
+            category: what they show; None: inferred per picture.
+            batch_size: pictures of equal size that pass the network together.
+
+        Yields:
+            one Inspection per picture, in order; those that could not be read come last, with
+            `error`.
+
+        Raises:
+            InputError: the category was never learned.
+        """
+        if category is not None:
+            self.index_of(category)
+        samples = [
+            Sample(Path(path), category or "", "test", GOOD, id=f"{i:09d}")
+            for i, path in enumerate(pictures)
+        ]
+        failures: list[Failure] = []
+        for batch, prediction in self.predict(
+            samples, failures=failures, batch_size=batch_size, known_category=category is not None
+        ):
+            for i in range(len(batch.sample)):
+                yield self._judge(batch, prediction, i, inferred=category is None)
+        for failure in failures:
+            yield Inspection(path=failure.path, error=failure.reason)
+
+    def predict(
+        self,
+        samples: Sequence[Sample],
+        *,
+        failures: list[Failure],
+        batch_size: int = 8,
+        mask_size: MaskSize | None = None,
+        known_category: bool = True,
+    ) -> Iterator[tuple[Batch, Prediction]]:
+        """The detector's word on each batch of samples, on the CPU; pictures that fail go to
+        `failures`.
+
+        Args:
+            mask_size: of the masks in the batches, see `load_batches`; with `own`, maps come in
+                the pictures' own size too.
+            known_category: judge each sample as its own category; otherwise infer it.
+        """
+        batches = load_batches(
+            samples, self.transform, failures=failures, batch_size=batch_size, mask_size=mask_size
+        )
+        for batch in batches:
+            category = (
+                torch.tensor([self.index_of(sample.category) for sample in batch.sample])
+                if known_category
+                else None
+            )
+            map_size = batch.original_size[0] if mask_size == "own" else None
+            yield batch, self.predict_batch(batch, category, map_size)
+
+    @torch.inference_mode()
+    def predict_batch(
+        self, batch: Batch, category: Tensor | None, map_size: tuple[int, int] | None = None
+    ) -> Prediction:
+        """As `Detector.predict`, on our device, with the run's ignored regions; answers on the
+        CPU."""
+        image = batch.image.to(self.device)
+        if self.ignore and category is None:
+            # Which regions to ignore depends on the category: infer it first.
+            category = self.detector.predict(image).category
+        ignore = (
+            ignore_masks(self.ignore, self.categories, category, batch, self.transform)
+            if self.ignore and category is not None
+            else None
+        )
+        prediction = self.detector.predict(
+            image,
+            None if category is None else category.to(self.device),
+            ignore=None if ignore is None else ignore.to(self.device),
+            map_size=map_size,
+        )
+        return Prediction(
+            prediction.anomaly_map.float().cpu(),
+            prediction.image_score.float().cpu(),
+            prediction.category.cpu(),
+        )
+
+    def index_of(self, category: str) -> int:
+        """Raises InputError where the category was never learned."""
+        if category not in self.categories:
+            raise InputError(
+                f"category '{category}' was never learned by run '{self.run}'"
+                f"{did_you_mean(category, self.categories)}; it knows: {', '.join(self.categories)}"
+            )
+        return self.categories.index(category)
+
+    def _judge(self, batch: Batch, prediction: Prediction, i: int, *, inferred: bool) -> Inspection:
+        category = self.categories[int(prediction.category[i])]
+        score = float(prediction.image_score[i])
+        input_map = prediction.anomaly_map[i, 0]
+        p_value, is_anomalous, regions = None, None, ()
+        if self.calibration is not None and self.calibration.knows(category):
+            p_value = self.calibration.p_value(category, score)
+            is_anomalous = p_value <= self.calibration.max_false_alarm
+            if is_anomalous:
+                regions = self.regions(
+                    input_map, self.calibration.map_threshold(category), batch.original_size[i]
+                )
+        return Inspection(
+            path=batch.sample[i].path,
+            category=category,
+            category_inferred=inferred and len(self.categories) > 1,
+            image_score=score,
+            p_value=p_value,
+            is_anomalous=is_anomalous,
+            regions=regions,
+            input_map=input_map,
+            original_size=batch.original_size[i],
+            transform=self.transform,
+        )
+
+    def overlay(self, inspection: Inspection, picture: np.ndarray) -> np.ndarray:
+        """Heat map and boxes over the picture, in its own size.
+
+        Colour begins at half the category's map threshold and is full at one and a half times it;
+        before calibration, at the map's median and its maximum.
+
+        Args:
+            picture: (H, W, 3) uint8, what `read_image` gave for `inspection.path`.
+        """
+        values = inspection.anomaly_map()
+        category = inspection.category
+        if self.calibration is not None and category and self.calibration.knows(category):
+            limit = self.calibration.map_threshold(category)
+            low, high = 0.5 * limit, 1.5 * limit
+        else:
+            low, high = float(np.median(values)), float(values.max())
+        if not low < high:  # a flat map
+            high = low + 1
+        boxes = [region.box for region in inspection.regions]
+        return heat_overlay(picture, values, low=low, high=high, boxes=boxes)
+
+    def regions(
+        self, input_map: Tensor, map_threshold: float, original_size: tuple[int, int]
+    ) -> tuple[Region, ...]:
+        """Connected parts of the map above the threshold, the highest first; at least the peak.
+
+        Args:
+            input_map: (h, w) at the network's input size.
+            original_size: (H, W) of the picture, in whose pixels the boxes are.
+        """
+        values = input_map.numpy()
+        peak = float(values.max())
+        level = map_threshold if peak > map_threshold else _PEAK_SHARE * peak
+        labels, _ = ndimage.label(values > level, structure=np.ones((3, 3)))
+        found = []
+        for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+            inside = values[rows, columns][labels[rows, columns] == label]
+            box = (columns.start, rows.start, columns.stop, rows.stop)
+            found.append(
+                Region(self.transform.box_to_original(box, original_size), float(inside.max()))
+            )
+        return tuple(sorted(found, key=lambda region: -region.score))
+
+
+def load_weights(detector: torch.nn.Module, state: dict[str, Tensor]) -> None:
+    """Fill a detector's own buffers and parameters; the frozen encoder's are not among them."""
+    for name, tensor in state.items():
+        owner_name, _, last = name.rpartition(".")
+        setattr(detector.get_submodule(owner_name), last, tensor)
+
+
+def own_weights(detector: torch.nn.Module) -> dict[str, Tensor]:
+    """What a run saves: everything but the frozen encoder."""
+    return {
+        name: tensor
+        for name, tensor in detector.state_dict().items()
+        if not name.startswith("encoder.")
+    }
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{device}' is not available here: use auto or cpu") from error
+    return chosen
+
+
+def ignore_masks(
+    ignore: dict[str, np.ndarray],
+    categories: Sequence[str],
+    category: Tensor,
+    batch: Batch,
+    transform: Transform,
+) -> Tensor:
+    """(B, 1, h, w) bool: each category's mask, scaled to each picture and through its transform."""
+    size = (batch.image.shape[-2], batch.image.shape[-1])
+    masks = []
+    for index, original in zip(category.tolist(), batch.original_size, strict=True):
+        mask = ignore.get(categories[index])
+        if mask is None:
+            masks.append(torch.zeros(size, dtype=torch.bool))
+        else:
+            rows = np.arange(original[0]) * mask.shape[0] // original[0]
+            columns = np.arange(original[1]) * mask.shape[1] // original[1]
+            masks.append(transform.mask_to_input(mask[np.ix_(rows, columns)]))
+    return torch.stack(masks)[:, None]
+
+
+def _read_ignore(folder: Path, categories: Sequence[str]) -> dict[str, np.ndarray]:
+    if not folder.is_dir():
+        return {}
+    return {
+        name: read_image(folder / f"{name}.png")[..., 0] > 0
+        for name in categories
+        if (folder / f"{name}.png").is_file()
+    }

@@ -1,0 +1,53 @@
+"""Which category an image shows, when nobody says: the nearest category by global feature.
+
+Letters: B images, C channels, h w patches, K categories, R reference images.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allgood.layers.coreset import greedy_coreset
+from allgood.layers.nearest import nearest_distance
+
+REFERENCES = 64
+"""Good images kept per category, chosen to cover it (greedy coreset)."""
+
+
+def global_feature(levels: list[Tensor]) -> Tensor:
+    """One vector per image: each level's mean over positions, at unit length; (B, sum of C)."""
+    return torch.cat([F.normalize(level.mean(dim=(2, 3)), dim=1) for level in levels], dim=1)
+
+
+class CategoryReferences(nn.Module):
+    """Global features of a few good images of each category; one nearest neighbour decides."""
+
+    def __init__(self, num_categories: int, channels: int) -> None:
+        super().__init__()
+        self.num_categories = num_categories
+        self.features: Tensor
+        self.category: Tensor
+        self.register_buffer("features", torch.empty(0, channels))  # (R, C)
+        self.register_buffer("category", torch.empty(0, dtype=torch.int64))  # (R,)
+
+    def fit(self, features: Tensor, category: Tensor) -> None:
+        """Keep at most REFERENCES images of each category.
+
+        Args:
+            features: (images, C) global features of the good images.
+            category: (images,) int64 in [0, K).
+        """
+        kept = []
+        for index in range(self.num_categories):
+            rows = (category == index).nonzero().squeeze(1)
+            picks = greedy_coreset(features[rows], min(REFERENCES, len(rows)))
+            kept.append(rows[picks])
+        chosen = torch.cat(kept)
+        self.features, self.category = features[chosen].clone(), category[chosen].clone()
+
+    def infer(self, levels: list[Tensor]) -> Tensor:
+        """(B,) int64: the category whose reference image is nearest."""
+        if self.num_categories == 1:
+            return torch.zeros(len(levels[0]), dtype=torch.int64, device=levels[0].device)
+        _, nearest = nearest_distance(global_feature(levels), self.features)
+        return self.category[nearest[:, 0]]

@@ -1,0 +1,80 @@
+"""Anomaly maps and image scores: raw map -> smoothed map; map -> image score.
+
+Letters: B images, H W pixels, h w patches.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gaussian_smooth(anomaly_map: Tensor, sigma: float, *, truncate: float = 4.0) -> Tensor:
+    """Gaussian blur as SciPy's `gaussian_filter` computes it: separable, border reflected with its
+    edge.
+
+    Args:
+        anomaly_map: (B, 1, H, W).
+        sigma: standard deviation in pixels; 0 returns the map unchanged.
+        truncate: the kernel's radius is int(truncate * sigma + 0.5) pixels.
+
+    Returns:
+        (B, 1, H, W).
+    """
+    if sigma <= 0:
+        return anomaly_map
+    radius = int(truncate * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(anomaly_map)
+    for axis in (-2, -1):
+        size = anomaly_map.shape[axis]
+        index = _reflected(torch.arange(-radius, size + radius), size).to(anomaly_map.device)
+        padded = anomaly_map.index_select(axis, index)
+        shape = (1, 1, -1, 1) if axis == -2 else (1, 1, 1, -1)
+        anomaly_map = F.conv2d(padded, kernel.view(shape))
+    return anomaly_map
+
+
+def _reflected(index: Tensor, size: int) -> Tensor:
+    """Positions outside [0, size) mirrored back with the edge pixel repeated: d c b a | a b c d | d
+    c b a."""
+    index = index.remainder(2 * size)
+    return torch.where(index < size, index, 2 * size - 1 - index)
+
+
+def top_fraction_mean(anomaly_map: Tensor, fraction: float) -> Tensor:
+    """Mean of the highest int(fraction * pixels) values, or the maximum where that count is 0.
+
+    Args:
+        anomaly_map: (B, ...).
+        fraction: share of the values, in (0, 1].
+
+    Returns:
+        (B,).
+    """
+    flat = anomaly_map.flatten(1)
+    count = max(1, math.floor(fraction * flat.shape[1]))
+    return flat.topk(count, dim=1).values.mean(dim=1)
+
+
+def resize_map(anomaly_map: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 1, h, w) -> (B, 1, *size), bilinear with half-pixel centres and no antialias."""
+    if anomaly_map.shape[-2:] == size:
+        return anomaly_map
+    return F.interpolate(anomaly_map, size, mode="bilinear", align_corners=False)
+
+
+def ignored_patches(ignore: Tensor | None, grid: tuple[int, int]) -> Tensor | None:
+    """(B, 1, H, W) bool -> (B, 1, h, w) bool: patches of which more than half is ignored."""
+    if ignore is None:
+        return None
+    return F.interpolate(ignore.float(), grid, mode="area") > 0.5
+
+
+def visible_rows(rows: Tensor, ignored: Tensor | None) -> list[Tensor]:
+    """Patches (B, N, C) of each image without the ignored ones (B, 1, h, w)."""
+    if ignored is None:
+        return list(rows)
+    return [row[~skip] for row, skip in zip(rows, ignored.flatten(1), strict=True)]

@@ -1,0 +1,132 @@
+"""The records that flow between the rooms, and the contract that every detector keeps.
+
+Letters: B images, L levels, C channels, H W pixels, h w patches, T templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:  # the command line prints its help from here without loading torch
+    from torch import Tensor
+
+    from allgood.layers.patch_store import PatchStore
+
+GOOD = "good"
+"""The value of `Sample.defect` that means: this picture shows a good part."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one sentence naming it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture on disk, as a dataset reader found it."""
+
+    path: Path
+    category: str
+    split: Literal["train", "test"]
+    defect: str
+    """`"good"`, or the defect's name."""
+    id: str
+    """Path below the data's root with forward slashes; order and seeded choices rest on it."""
+    mask_paths: tuple[Path, ...] = ()
+    """Mask files whose union marks the defect; empty when the picture has none."""
+    mask_threshold: int = 1
+    """Mask pixels of at least this 8-bit value are anomalous, decided at the mask's own size."""
+    group: str = ""
+    """Pictures of one physical part share a group and never stand on two sides of a split."""
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_good(self) -> bool:
+        return self.defect == GOOD
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A picture that could not be read. The run goes on without it."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one input size."""
+
+    image: Tensor
+    """(B, 3, H, W) float32 RGB in [0, 1]."""
+    mask: Tensor | None
+    """(B, 1, H, W) bool, False where the part is good; None if masks were not asked for."""
+    has_mask: Tensor
+    """(B,) bool: whether `mask` is known. Only those pictures belong into pixel metrics."""
+    label: Tensor
+    """(B,) bool, True for defective; from the folder or manifest, never from the mask."""
+    sample: list[Sample]
+    original_size: list[tuple[int, int]]
+    """(height, width) of each picture as displayed."""
+    ignore: Tensor | None = None
+    """(B, 1, H, W) bool: pixels that nobody should look at, or None."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a detector compared with what."""
+
+    query: list[Tensor]
+    """L levels (B, C, h, w): features of the image."""
+    template: list[Tensor]
+    """L levels (B, T, C, h, w): the normal features they were compared with, position by
+    position."""
+    host_map: Tensor
+    """(B, 1, h, w): the detector's own distance before resizing and smoothing."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Higher is more anomalous; nothing is clipped or rescaled."""
+
+    anomaly_map: Tensor
+    """(B, 1, H, W) float32."""
+    image_score: Tensor
+    """(B,) float32."""
+    category: Tensor
+    """(B,) int64: the category each image was judged as, given or inferred."""
+
+
+class Detector(Protocol):
+    """What every detector offers. Those that learn by gradient have `training_loss` instead of
+    `fit`."""
+
+    categories: tuple[str, ...]
+
+    def match(self, image: Tensor, category: Tensor | None = None) -> Match:
+        """(B, 3, H, W) in [0, 1] -> the features compared."""
+        ...
+
+    def predict(
+        self,
+        image: Tensor,
+        category: Tensor | None = None,
+        *,
+        ignore: Tensor | None = None,
+        map_size: tuple[int, int] | None = None,
+    ) -> Prediction:
+        """Judge a batch.
+
+        Args:
+            image: (B, 3, H, W) in [0, 1].
+            category: (B,) int64, or None: inferred, the nearest category by global feature.
+            ignore: (B, 1, H, W) bool; ignored pixels get 0 and do not count in the score.
+            map_size: (height, width) of the map; None: the image's.
+        """
+        ...
+
+    def fit(self, batches: Iterable[Batch], store: PatchStore) -> None:
+        """Read the good images once; `store` holds what must outlive a killed run."""
+        ...
