@@ -1,15 +1,15 @@
 """Good pictures -> decisions with a promised false-alarm rate: split-conformal p-values.
 
 The calibration pictures are good and were kept from fitting. For a new picture with score s of a
-category with n of them, p = (1 + #{calibration scores >= s}) / (n + 1): if the picture is good and
-comes
-from the same line, p <= alpha happens with probability at most alpha, whatever the detector and the
-distribution.
+category with n of them, p = (1 + #{calibration scores >= s}) / (n + 1). If that picture is good and
+comes from the same line, p <= alpha happens with probability at most alpha, whatever the detector
+and the distribution of its scores.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -18,26 +18,34 @@ from allgood.types import InputError
 
 
 def pictures_needed(max_false_alarm: float) -> int:
-    """Good calibration pictures per category without which no p-value can be as small as asked."""
-    return math.ceil(1 / max_false_alarm - 1 - 1e-9)
+    """Good calibration pictures per category without which no p-value can be as small as asked.
+
+    The smallest n with 1 / (n + 1) <= alpha.
+    """
+    needed = math.ceil(1 / Fraction(max_false_alarm)) - 1
+    # Decided as p-values are, in floats: 1 / 3 is small enough for the float nearest to 1 / 3.
+    return needed - 1 if needed and 1 / needed <= max_false_alarm else needed
 
 
 def threshold(scores: Sequence[float], max_false_alarm: float) -> float:
-    """The largest score that is not yet an alarm: alarms are scores > threshold.
+    """The largest score that is not yet an alarm: p_value <= alpha exactly where score > threshold.
 
-    With m = floor(alpha (n + 1)) - 1 calibration scores allowed at or above an alarm's score, it is
-    the (m + 1)-th largest of them.
+    An alarm's score has at most m calibration scores at or above it, (m + 1) / (n + 1) <= alpha;
+    the threshold is the (m + 1)-th largest of them.
 
     Raises:
         InputError: too few scores for the rate asked.
     """
-    allowed = math.floor(max_false_alarm * (len(scores) + 1) + 1e-9) - 1
-    if allowed < 0:
+    places = len(scores) + 1
+    rank = min(round(max_false_alarm * places), len(scores))
+    if rank / places > max_false_alarm:
+        rank -= 1
+    if rank < 1:
         raise InputError(
             f"a false-alarm rate of {max_false_alarm:g} needs {pictures_needed(max_false_alarm)} "
             f"good pictures per category, got {len(scores)}"
         )
-    return float(np.sort(np.asarray(scores))[-1 - allowed])
+    return float(np.sort(np.asarray(scores, dtype=np.float64))[-rank])
 
 
 def p_value(score: float, scores: Sequence[float]) -> float:
@@ -56,6 +64,8 @@ class Calibration:
     map_maxima: Mapping[str, Sequence[float]]
     """Per category, the highest value of each picture's map: a region drawn above the threshold of
     these shows on at most the same share of good pictures."""
+    pictures: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Per category, digests of the pictures, by which a test recognises them."""
 
     def __post_init__(self) -> None:
         if not 0 < self.max_false_alarm < 1:
@@ -68,8 +78,18 @@ class Calibration:
                 raise InputError(
                     f"category '{category}' has {len(scores)} good calibration pictures, but a "
                     f"false-alarm rate of {self.max_false_alarm:g} needs {needed}: give more, or "
-                    f"promise no less than {1 / (len(scores) + 1):.2g}"
+                    f"promise no less than {least_rate(len(scores)):g}"
                 )
+
+    def __str__(self) -> str:
+        lines = [f"at most {100 * self.max_false_alarm:g} % of good pictures raise an alarm"]
+        width = max(map(len, self.image_scores), default=0)
+        lines += [
+            f"  {name:<{width}}  alarm above {self.image_threshold(name):.4g}, "
+            f"from {len(scores)} good pictures"
+            for name, scores in self.image_scores.items()
+        ]
+        return "\n".join(lines)
 
     def knows(self, category: str) -> bool:
         return category in self.image_scores
@@ -85,6 +105,10 @@ class Calibration:
     def p_value(self, category: str, score: float) -> float:
         return p_value(score, self.image_scores[category])
 
+    def is_anomalous(self, category: str, score: float) -> bool:
+        """Whether the score is an alarm: its p-value is at most the promised rate."""
+        return self.p_value(category, score) <= self.max_false_alarm
+
     def to_json(self) -> dict[str, Any]:
         return {
             "max_false_alarm": self.max_false_alarm,
@@ -94,13 +118,14 @@ class Calibration:
             ),
             "categories": {
                 name: {
-                    "pictures": len(scores),
+                    "num_pictures": len(scores),
                     "image_threshold": self.image_threshold(name),
                     "map_threshold": self.map_threshold(name),
                     "image_scores": sorted(scores),
                     "map_maxima": sorted(self.map_maxima[name]),
+                    "pictures": sorted(self.pictures.get(name, ())),
                 }
-                for name, scores in self.image_scores.items()
+                for name, scores in sorted(self.image_scores.items())
             },
         }
 
@@ -111,4 +136,12 @@ class Calibration:
             data["max_false_alarm"],
             {name: entry["image_scores"] for name, entry in categories.items()},
             {name: entry["map_maxima"] for name, entry in categories.items()},
+            {name: entry["pictures"] for name, entry in categories.items()},
         )
+
+
+def least_rate(num_pictures: int) -> float:
+    """The smallest rate that so many pictures can promise, rounded up to be shown and typed."""
+    exact = 1 / (num_pictures + 1)
+    digits = 1 - math.floor(math.log10(exact))
+    return min(math.ceil(exact * 10**digits - 1e-9) / 10**digits, 0.99)

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, with rate and time left; silent where stderr is no terminal."""
+"""Progress bars on stderr, with rate and time left; one plain line where stderr is no terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,28 +16,27 @@ class Bar:
         self._progress = progress
         self._task = progress.add_task(text, total=total)
 
-    def at(self, done: int) -> None:
-        self._progress.update(self._task, completed=done)
+    def at(self, done: int, total: int | None = None) -> None:
+        """So much is done; `total` where it has changed."""
+        self._progress.update(self._task, completed=done, total=total)
 
 
 @contextmanager
 def bar(text: str, total: int) -> Iterator[Bar]:
-    """Show a bar while the block runs; a plain line before it where there is no terminal."""
+    """Show a bar while the block runs; bars may follow each other but not stand in each other."""
     if not console.is_terminal:
-        console.print(f"{text}: {total}", highlight=False)
+        console.print(f"{text}: {total}", highlight=False, markup=False)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    # stdout carries results only, so it is left alone, bar or not.
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, redirect_stdout=False
+    ) as progress:
         yield Bar(progress, text, total)
-
-
-def say(text: str) -> None:
-    """One line for the person at the terminal, on stderr."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -49,6 +48,11 @@ def late_bar(text: str) -> Iterator[Callable[[int, int], None]]:
         def progress(done: int, total: int) -> None:
             if not shown:
                 shown.append(stack.enter_context(bar(text, total)))
-            shown[0].at(done)
+            shown[0].at(done, total)
 
         yield progress
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal, on stderr."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,21 +1,27 @@
 """A run's folder: what is in it, and how it is written so that a kill never leaves half a file.
 
-config.json         resolved settings; written last, so a folder that has it is complete
+config.json         resolved settings; moved in last, so a folder that has it is complete
 weights.safetensors trained weights and memory banks; never the frozen encoder's
 ignore/             masks of regions that nobody should look at, one PNG per category
 calibration.json    good scores and thresholds per category, and the promise made
-provenance.json     package versions, git revision, data fingerprint, command, wall time, device
+provenance.json     versions, git revision, data fingerprint, command, unreadable pictures, time
 metrics.json        all metrics with their bounds; report.html, the same as a page
-state/              what a killed fit needs to go on
+state/              what a killed fit needs to go on; in state/run the new run comes to be
+
+A fit builds the whole run in state/run and only then moves it into place (`publish`). So a run that
+is to be replaced serves until the new one is finished, and no folder holds parts of both.
 """
 
 import json
 import os
 import platform
+import re
+import shlex
+import shutil
 import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +40,11 @@ REPORT = "report.html"
 IGNORE = "ignore"
 STATE = "state"
 
+_PARTS = (WEIGHTS, IGNORE, CALIBRATION, PROVENANCE, METRICS, REPORT)
+"""Everything that belongs to one fit, but for the config, which stands for the whole."""
+_FINISHED = "finished.json"
+"""In a new run's folder: names the files of the run, once all of them are there."""
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name and rename it; on failure nothing of it stays."""
@@ -41,8 +52,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk does not say which file it had no room for
+            error.filename = str(path)
         raise
 
 
@@ -79,6 +92,48 @@ def read_weights(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is missing or damaged: fit the run again") from error
 
 
+def ignore_file(run: Path, category: str) -> Path:
+    """Where the mask of a category lies; whatever a category is called, it is a file in ignore/."""
+    name = re.sub(r"^\.|[%/\\:\0]", lambda found: f"%{ord(found[0]):02X}", category)
+    return run / IGNORE / f"{name}.png"
+
+
+def finish(new: Path) -> None:
+    """Say that the run being built in `new` has all its files; from here on it can only be
+    published."""
+    names = [name for name in (*_PARTS, CONFIG) if (new / name).exists()]
+    write_json(new / _FINISHED, names)
+
+
+def is_finished(new: Path) -> bool:
+    return (new / _FINISHED).is_file()
+
+
+def publish(new: Path, run: Path) -> None:
+    """Move a finished run to its place; an older run there goes, with its metrics and report.
+
+    Killed half-way, it leaves a folder without config.json, which nobody takes for a run; called
+    again it does the rest.
+    """
+    names = read_json(new / _FINISHED)
+    if (new / CONFIG).exists():  # otherwise an earlier call came to the end
+        (run / CONFIG).unlink(missing_ok=True)
+        for name in _PARTS:
+            if name not in names:
+                _remove(run / name)
+            elif (new / name).exists():
+                _remove(run / name)
+                os.replace(new / name, run / name)
+        os.replace(new / CONFIG, run / CONFIG)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """The resolved settings of a complete run.
 
@@ -104,7 +159,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
-    """Where a result comes from: versions, revision, machine, command, and `facts`."""
+    """Where a result comes from: versions, revision, machine, and `facts`."""
     packages = ("torch", "torchvision", "timm", "numpy", "scipy", "pillow", "safetensors")
     return {
         "allgood": __version__,
@@ -112,21 +167,48 @@ def provenance(**facts: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "git_revision": _git_revision(),
-        "command": sys.argv,
         **facts,
     }
 
 
+def command_line(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """The shell command that does what a Python call did; defaults are left out.
+
+    Args:
+        function: one whose arguments are a command's; those without default are positional.
+        arguments: all of them by name.
+    """
+    words = ["allgood", function.__name__]
+    options = []
+    for name, parameter in signature(function).parameters.items():
+        value = arguments[name]
+        if parameter.default is parameter.empty:
+            words += _words(value)
+        elif value != parameter.default:
+            flag = "--" + name.replace("_", "-")
+            is_switch = isinstance(parameter.default, bool)
+            options += [flag] if is_switch else [flag, *_words(value)]
+    return shlex.join([*words, *options])
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [str(item) for item in value]
+    return [str(value)]
+
+
 def _git_revision() -> str | None:
-    """Of the code, when it runs from a checkout."""
+    """Of the code, when it runs from its own checkout and not as a package in somebody else's."""
+    root = Path(__file__).resolve().parents[1]
     try:
         answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
+            ["git", "rev-parse", "--show-toplevel", "HEAD"],
+            cwd=root,
             capture_output=True,
             text=True,
             timeout=5,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None
+    top, _, revision = answer.stdout.strip().partition("\n")
+    return revision if answer.returncode == 0 and Path(top).resolve() == root else None

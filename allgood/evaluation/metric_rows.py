@@ -123,15 +123,23 @@ def _cell(metric: Metric | None, notes: list[str]) -> MetricCell:
         return MetricCell("–", "", "not measured")
     note = 0
     if metric.reason:
-        if metric.reason not in notes:
-            notes.append(metric.reason)
-        note = notes.index(metric.reason) + 1
+        reason = _in_words(metric.reason)
+        if reason not in notes:
+            notes.append(reason)
+        note = notes.index(reason) + 1
     if not metric.is_defined:
-        return MetricCell("not defined", "", metric.reason, note)
+        return MetricCell("not defined", "", _in_words(metric.reason), note)
     low, value, high = (f"{100 * v:.4f}" for v in (metric.lower, metric.value, metric.upper))
     bound = words.bound(metric)
     hint = f"{value} %, exact" if bound == "exact" else f"{value} %, surely in {low} to {high} %"
     return MetricCell(f"{100 * metric.value:.1f}", bound, hint, note, 100 * metric.bound)
+
+
+def _in_words(reason: str) -> str:
+    """A reason with metrics called as in the table: "Pixel AUROC: no defective pixels"."""
+    for name, metric in METRICS.items():
+        reason = reason.replace(f"{name}:", f"{metric.full}:")
+    return reason
 
 
 def _reasons(name: str, every: list[Mapping[str, Metric]]) -> list[str]:

@@ -62,7 +62,6 @@ def render_report(content: ReportContent) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": words.percent,
         "promise": words.promise,
         "counted": words.counted,
         "duration": words.duration,
@@ -79,8 +78,6 @@ def render_report(content: ReportContent) -> str:
         pooled=pooled,
         totals=words.Totals(categories),
         headline=words.headline(content),
-        found_sentence=words.found_sentence,
-        false_alarm_sentence=words.false_alarm_sentence,
         weakest=words.weakest_sentence(categories),
         promises=words.promise_sentences(categories),
         rate=words.rate,
@@ -106,7 +103,9 @@ def embedded_picture(picture: Picture, most_bytes: int) -> str:
     for side, quality in _JPEG_STEPS:
         buffer = io.BytesIO()
         image = Image.fromarray(shrink(small, side))
-        image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+        # No chroma subsampling: it would blur coloured outlines. No `optimize`: libjpeg then needs
+        # the whole file in one buffer, which Pillow guesses too small for noise.
+        image.save(buffer, "JPEG", quality=quality, subsampling=0)
         if buffer.tell() <= most_bytes:
             break
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

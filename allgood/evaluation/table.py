@@ -7,7 +7,8 @@ from allgood.evaluation import words
 from allgood.evaluation.content import CategoryResult, ReportContent
 from allgood.evaluation.metric_rows import MetricCell, metric_table
 
-_LEAST_BOUND_POINTS = 0.05  # smaller bounds vanish in the rounding to one decimal
+_LEAST_BOUND_POINTS = 0.05 - 1e-9  # smaller bounds vanish in the rounding to one decimal
+_LONGEST_NAME = 40
 _GAP = "  "
 
 
@@ -29,7 +30,7 @@ def table(content: ReportContent) -> str:
         groups.append(column.group.lower())
         labels.append(column.label)
     rows = [
-        [printable(row.name), *count, *(_number(cell) for cell in row.cells)]
+        [_short(printable(row.name)), *count, *(_number(cell) for cell in row.cells)]
         for row, count in zip(metrics.rows, counts, strict=True)
     ]
     first_summary = len(content.categories) + 2
@@ -45,6 +46,10 @@ def table(content: ReportContent) -> str:
 def printable(text: str) -> str:
     """Names with control characters shown as ?, so that none can drive the terminal."""
     return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 def _counts(category: CategoryResult) -> list[str]:
