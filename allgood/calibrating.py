@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allgood.types import InputError, Sample
+from allgood.types import Failure, InputError, Sample
 
 if TYPE_CHECKING:
     from allgood.calibration import Calibration
@@ -21,6 +22,7 @@ def calibrate(
     max_false_alarm: float = 0.01,
     category: str | None = None,
     layout: str | None = None,
+    batch_size: int = 8,
     device: str = "auto",
 ) -> Calibration:
     """Set the alarm thresholds of a run from good pictures that it has not been fitted on.
@@ -28,11 +30,13 @@ def calibrate(
     Args:
         run: folder of a fitted run.
         good: folders or manifests; every good picture in them counts, of every split. Pictures the
-            run
-            was fitted on are left out: they would make the thresholds too low.
-        max_false_alarm: share of good pictures that may raise an alarm; n pictures allow 1 / (n +
-            1). category: what the pictures show, where the folder's name does not say. layout: how
-            the pictures lie on disk, where it is not recognised. device: auto, cpu or cuda.
+            run was fitted on are left out: they would make the thresholds too low.
+        max_false_alarm: share of good pictures that may raise an alarm; 1 / (n + 1) is the least
+            that n pictures can promise.
+        category: what the pictures show, where the folder's name does not say.
+        layout: how the pictures lie on disk, where it is not recognised.
+        batch_size: pictures that pass the network together.
+        device: auto, cpu or cuda.
 
     Returns:
         the calibration, which also stands in the run's folder from then on. Categories that `good`
@@ -41,71 +45,125 @@ def calibrate(
     Raises:
         InputError: too few pictures for the rate, a category never learned, no good pictures.
     """
-    from allgood.data.fingerprint import digests
+    from allgood.calibration import Calibration
     from allgood.data.readers import read_data
-    from allgood.inference import Inspector
+    from allgood.inference import Inspector, require_at_least
     from allgood.progress import say
-    from allgood.runs import PROVENANCE, read_json
+    from allgood.runs import CALIBRATION, write_json
 
+    require_at_least(1, batch_size=batch_size)
+    _require_rate(max_false_alarm)
     inspector = Inspector(run, device=device)
     roots = [good] if isinstance(good, str | Path) else list(good)
     samples = [sample for sample in read_data(roots, layout=layout).samples if sample.is_good]
     if not samples:
         raise InputError(f"{', '.join(map(str, roots))}: no good pictures to calibrate on")
     samples = [_with_category(sample, category, inspector) for sample in samples]
-    known = set(read_json(Path(run) / PROVENANCE)["fitted_on"])
+    scores = _score(inspector, _unseen(samples, inspector, roots), batch_size)
+    for failure in scores.failures:
+        say(f"left out: {failure.reason}")
+    if not scores.image:
+        raise InputError(f"none of the good pictures could be read; {scores.failures[0].reason}")
+    old = inspector.calibration
+    calibration = Calibration(
+        max_false_alarm,
+        {**(old.image_scores if old else {}), **scores.image},
+        {**(old.map_maxima if old else {}), **scores.map_maximum},
+        {**(old.pictures if old else {}), **scores.picture},
+    )
+    write_json(inspector.run / CALIBRATION, calibration.to_json())
+    return calibration
+
+
+def calibrate_on(
+    run: Path, samples: Sequence[Sample], max_false_alarm: float, *, device: str
+) -> list[Failure]:
+    """Calibrate right after fitting, on pictures kept from it.
+
+    Where too few of a category's pictures could be read, it stays uncalibrated and is named on
+    stderr: a long fit does not fail for the sake of a broken picture.
+
+    Returns:
+        the pictures that could not be read.
+    """
+    from allgood.calibration import Calibration, pictures_needed
+    from allgood.inference import Inspector
+    from allgood.progress import say
+    from allgood.runs import CALIBRATION, write_json
+
+    inspector = Inspector(run, device=device)
+    scores = _score(inspector, samples, inspector.config["batch_size"])
+    needed = pictures_needed(max_false_alarm)
+    enough = [name for name, own in scores.image.items() if len(own) >= needed]
+    for category in sorted({sample.category for sample in samples}.difference(enough)):
+        say(
+            f"category '{category}' stays uncalibrated: a false-alarm rate of {max_false_alarm:g} "
+            f"needs {needed} good pictures, and {len(scores.image.get(category, []))} of those "
+            "kept for it could be read; see `allgood calibrate`"
+        )
+    if enough:
+        calibration = Calibration(
+            max_false_alarm,
+            {name: scores.image[name] for name in enough},
+            {name: scores.map_maximum[name] for name in enough},
+            {name: scores.picture[name] for name in enough},
+        )
+        write_json(run / CALIBRATION, calibration.to_json())
+    return scores.failures
+
+
+@dataclass
+class _Scores:
+    """Of good pictures, by category."""
+
+    image: dict[str, list[float]] = field(default_factory=dict)
+    map_maximum: dict[str, list[float]] = field(default_factory=dict)
+    picture: dict[str, list[str]] = field(default_factory=dict)
+    """Digests of the files."""
+    failures: list[Failure] = field(default_factory=list)
+
+
+def _score(inspector: Inspector, samples: Sequence[Sample], batch_size: int) -> _Scores:
+    from allgood.data.fingerprint import digests
+    from allgood.progress import bar
+
+    digest = digests(samples)
+    scores = _Scores()
+    done = 0
+    with bar("calibrating on good pictures", len(samples)) as progress:
+        for batch, prediction in inspector.predict(
+            samples, failures=scores.failures, batch_size=batch_size
+        ):
+            highest = prediction.anomaly_map.flatten(1).amax(dim=1)
+            for i, sample in enumerate(batch.sample):
+                name = sample.category
+                scores.image.setdefault(name, []).append(float(prediction.image_score[i]))
+                scores.map_maximum.setdefault(name, []).append(float(highest[i]))
+                scores.picture.setdefault(name, []).append(digest[sample.path])
+            done += len(batch.sample)
+            progress.at(done + len(scores.failures))
+    return scores
+
+
+def _unseen(
+    samples: Sequence[Sample], inspector: Inspector, roots: Sequence[str | Path]
+) -> list[Sample]:
+    """Those that the run was not fitted on."""
+    from allgood.data.fingerprint import digests
+    from allgood.progress import say
+    from allgood.runs import PROVENANCE, read_json
+
+    known = set(read_json(inspector.run / PROVENANCE)["fitted_on"])
     digest = digests(samples)
     fresh = [sample for sample in samples if digest.get(sample.path) not in known]
-    if len(fresh) < len(samples):
-        say(f"{len(samples) - len(fresh)} pictures left out: the run was fitted on them")
     if not fresh:
         raise InputError(
             f"{', '.join(map(str, roots))}: the run was fitted on all of these pictures; "
             "calibration needs good pictures that it has not seen"
         )
-    return _calibrate(inspector, fresh, max_false_alarm)
-
-
-def calibrate_on(
-    run: Path, samples: Sequence[Sample], max_false_alarm: float, *, device: str
-) -> Calibration:
-    """Calibrate on pictures already known to be good and unseen, right after fitting."""
-    from allgood.inference import Inspector
-
-    return _calibrate(Inspector(run, device=device), samples, max_false_alarm)
-
-
-def _calibrate(
-    inspector: Inspector, samples: Sequence[Sample], max_false_alarm: float
-) -> Calibration:
-    from allgood.calibration import Calibration
-    from allgood.progress import bar, say
-    from allgood.runs import CALIBRATION, write_json
-    from allgood.types import Failure
-
-    failures: list[Failure] = []
-    scores: dict[str, list[float]] = {}
-    maxima: dict[str, list[float]] = {}
-    done = 0
-    with bar("calibrating on good pictures", len(samples)) as progress:
-        for batch, prediction in inspector.predict(samples, failures=failures):
-            highest = prediction.anomaly_map.flatten(1).amax(dim=1)
-            for i, sample in enumerate(batch.sample):
-                scores.setdefault(sample.category, []).append(float(prediction.image_score[i]))
-                maxima.setdefault(sample.category, []).append(float(highest[i]))
-            done += len(batch.sample)
-            progress.at(done)
-    for failure in failures:
-        say(f"left out: {failure.reason}")
-    old = inspector.calibration
-    if old is not None:  # categories that were not shown this time keep their scores
-        for category in old.image_scores:
-            if category not in scores:
-                scores[category] = list(old.image_scores[category])
-                maxima[category] = list(old.map_maxima[category])
-    calibration = Calibration(max_false_alarm, scores, maxima)
-    write_json(inspector.run / CALIBRATION, calibration.to_json())
-    return calibration
+    if len(fresh) < len(samples):
+        say(f"{len(samples) - len(fresh)} pictures left out: the run was fitted on them")
+    return fresh
 
 
 def split_for_calibration(
@@ -122,8 +180,7 @@ def split_for_calibration(
 
     if not 0 <= share < 1:
         raise InputError(f"calibration_share must be at least 0 and below 1, got {share:g}")
-    if not 0 < max_false_alarm < 1:
-        raise InputError(f"max_false_alarm must lie between 0 and 1, got {max_false_alarm:g}")
+    _require_rate(max_false_alarm)
     if share == 0:
         return list(samples), []
     fitting: list[Sample] = []
@@ -145,8 +202,9 @@ def split_for_calibration(
         if taken < wanted or taken > len(own) / 2:
             say(
                 f"category '{category}' stays uncalibrated: a false-alarm rate of "
-                f"{max_false_alarm:g} takes {wanted} of its {len(own)} good pictures; "
-                "see `allgood calibrate`"
+                f"{max_false_alarm:g} keeps {max(wanted, taken)} good pictures from fitting, more "
+                f"than half of its {len(own)}; give more pictures, promise a larger rate with "
+                "--max-false-alarm, or see `allgood calibrate`"
             )
             held = set()
         for name, members in groups.items():
@@ -154,13 +212,16 @@ def split_for_calibration(
     return fitting, held_out
 
 
+def _require_rate(max_false_alarm: float) -> None:
+    if not 0 < max_false_alarm < 1:
+        raise InputError(f"max_false_alarm must lie between 0 and 1, got {max_false_alarm:g}")
+
+
 def _order(name: str, seed: int) -> bytes:
     return hashlib.sha256(f"calibration:{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
 
 
 def _with_category(sample: Sample, category: str | None, inspector: Inspector) -> Sample:
-    from dataclasses import replace
-
     if category is None and len(inspector.categories) == 1:
         category = inspector.categories[0]
     name = category or sample.category

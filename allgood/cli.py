@@ -8,10 +8,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from inspect import Parameter, Signature, getdoc, signature
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from allgood.types import InputError
 
@@ -38,24 +41,25 @@ def inspect(
 
     Args:
         run: folder of a fitted run.
-        pictures: files or folders.
+        pictures: files, and folders that stand for all pictures below them.
         category: what they show; default: inferred per picture.
         overlays: folder for heat maps over the pictures, in their own size.
         batch_size: pictures that pass the network together.
         device: auto, cpu or cuda.
     """
-    from allgood.inference import Inspector
+    from allgood.data.images import read_image
+    from allgood.inference import Inspector, picture_files
 
-    paths = list(_pictures(pictures))
+    paths = list(picture_files(pictures))
+    if not paths:
+        raise InputError("no pictures given: name files or folders after the run")
+    overlay_of = _overlay_files(paths, overlays) if overlays is not None else {}
     inspector = Inspector(run, device=device)
-    names = _overlay_names(paths)
     for inspection in inspector.inspect(paths, category=category, batch_size=batch_size):
-        print(json.dumps(inspection.to_json(), ensure_ascii=False), flush=True)
-        if overlays is not None and inspection.error is None:
-            from allgood.data.images import read_image
-
-            picture = read_image(inspection.path)
-            _save_png(overlays / names[inspection.path], inspector.overlay(inspection, picture))
+        if inspection.path in overlay_of and inspection.error is None:
+            overlay = inspector.overlay(inspection, read_image(inspection.path))
+            _save_png(overlay_of[inspection.path], overlay)
+        print(_json_line(inspection.to_json()), flush=True)
 
 
 def list_(what: Literal["detectors", "encoders", "datasets"]) -> None:
@@ -69,8 +73,11 @@ def list_(what: Literal["detectors", "encoders", "datasets"]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 2 for the user's mistakes, 1 for a failing
-    machine."""
+    """Run one command.
+
+    Returns:
+        the exit code: 2 for the user's mistakes, 1 for a failing machine.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -81,37 +88,86 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"allgood {__version__}")
         return 0
     try:
-        command = _command(words[0])
-        import tyro
-
-        result = tyro.cli(
-            command,
-            prog=f"allgood {words[0]}",
-            args=words[1:],
-            config=(tyro.conf.PositionalRequiredArgs,),
-        )
+        result = _call(words[0], words[1:])
         if result is not None:
             print(result)
     except InputError as error:
         print(f"allgood: {error}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # the parser printed its help, or what is wrong with the options
+        return int(stop.code or 0)
     except BrokenPipeError:  # the reader of our lines has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        where = f" {error.filename}" if error.filename else ""
-        print(
-            f"allgood: cannot write{where}: {error.strerror}; make room or choose another folder "
-            "and give the same command again",
-            file=sys.stderr,
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        remedy = (
+            "; make room or choose another folder, and give the same command again"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+            else ""
         )
+        print(f"allgood: {what}{remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("allgood: stopped; the same command goes on where a fit was", file=sys.stderr)
         return 130
     return 0
+
+
+def _call(name: str, words: list[str]) -> Any:
+    """Parse the words as the command's arguments, and call it."""
+    command = _command(name)
+    import tyro
+
+    def parsed(**arguments: Any) -> Any:
+        return command(**arguments)
+
+    # tyro reads the signature. It shall not look at what the command returns, nor offer None as a
+    # value: an option that may be left out is one that one leaves out.
+    parameters = signature(command).parameters.values()
+    hints = get_type_hints(command, localns=_RETURNED)
+    parsed.__signature__ = Signature(  # type: ignore[attr-defined]
+        [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+    )
+    parsed.__annotations__ = {
+        parameter.name: _described(hints[parameter.name], parameter, tyro.conf.arg)
+        for parameter in parameters
+    }
+    # One line per argument: the parser keeps line breaks, and has its own width.
+    parsed.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", getdoc(command) or "")
+    return tyro.cli(
+        parsed,
+        prog=f"allgood {name}",
+        args=words,
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+_RETURNED = {"Calibration": Any, "Evaluation": Any}
+"""Names in the commands' return types, which only type checkers import."""
+
+
+def _described(hint: Any, parameter: Parameter, arg: Callable[..., Any]) -> Any:
+    """The parameter's type, with what the help shows in the place of its value."""
+    required = parameter.default is Parameter.empty
+    options = {}
+    if get_origin(hint) in (Union, UnionType):  # X | None
+        kind = next(option for option in get_args(hint) if option is not NoneType)
+        options = {"metavar": _metavar(kind), "help_behavior_hint": ""}
+    elif get_origin(hint) in (list, tuple):
+        options = {"metavar": f"{parameter.name.upper()} ..." if required else _metavar(hint)}
+        options["help_behavior_hint"] = "(required)" if required else ""
+    elif required and hint is Path:
+        options = {"metavar": parameter.name.upper()}
+    return Annotated[hint, arg(**options)] if options else hint
+
+
+def _metavar(kind: Any) -> str:
+    if kind is bool:
+        return "{True,False}"
+    if get_origin(kind) in (list, tuple):
+        return f"{_metavar(get_args(kind)[0])} ..."
+    return kind.__name__.upper()
 
 
 def _command(name: str) -> Callable[..., Any]:
@@ -138,7 +194,8 @@ def _command(name: str) -> Callable[..., Any]:
             return list_
     from allgood.data.files import did_you_mean
 
-    raise InputError(f"unknown command '{name}'{did_you_mean(name, list(COMMANDS))}; see --help")
+    near = did_you_mean(name, list(COMMANDS)) or ";"
+    raise InputError(f"unknown command '{name}'{near} known: {', '.join(COMMANDS)}")
 
 
 def _usage() -> str:
@@ -168,35 +225,42 @@ def _listing(what: str) -> dict[str, str]:
     return {name: layout.description for name, layout in LAYOUTS.items()}
 
 
-def _pictures(paths: list[Path]) -> Iterator[Path]:
-    """Files as they are, folders as the pictures below them."""
-    from allgood.data.files import pictures_below
-
-    for path in paths:
-        if path.is_dir():
-            found = pictures_below(path)
-            if not found:
-                raise InputError(f"{path}: holds no picture; name another folder")
-            yield from found
-        elif not path.exists() and not path.suffix:
-            raise InputError(f"{path}: no such file or folder; check the path")
-        else:
-            yield path
+def _json_line(record: dict[str, Any]) -> str:
+    """JSON with letters as they are, as far as stdout can carry them; bytes of a file name that are
+    no UTF-8 become escapes, from which a reader gets the very same path."""
+    line = json.dumps(record, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(record)
+    return line
 
 
-def _overlay_names(paths: list[Path]) -> dict[Path, Path]:
-    """A file name per picture: its own with .png, below as many of its folders as tell it apart."""
-    if not paths:
-        return {}
-    root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    names = {path: path.absolute().relative_to(root) for path in paths}
-    stems = [name.with_suffix("") for name in names.values()]
+def _overlay_files(paths: list[Path], folder: Path) -> dict[Path, Path]:
+    """A file per picture: its name with .png, below its folders from the one common to all on.
+
+    Raises:
+        InputError: the folder is a file, or a heat map would take the place of a picture.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"'{folder}' is a file: name a folder with --overlays")
+    absolute = {path: Path(os.path.abspath(path)) for path in paths}
+    root = Path(os.path.commonpath([path.parent for path in absolute.values()]))
+    names = {path: whole.relative_to(root) for path, whole in absolute.items()}
     # a.jpg and a.png beside each other must not share one overlay
-    clash = len(set(stems)) < len(set(paths))
-    return {
-        path: name.with_name(f"{name.name}.png") if clash else name.with_suffix(".png")
+    clash = len({name.with_suffix("") for name in names.values()}) < len(set(names.values()))
+    files = {
+        path: folder / (name.with_name(f"{name.name}.png") if clash else name.with_suffix(".png"))
         for path, name in names.items()
     }
+    originals = {os.path.realpath(path) for path in paths}
+    for file in files.values():
+        if os.path.realpath(file) in originals:
+            raise InputError(
+                f"the heat map would replace the picture {file}: name another folder with "
+                "--overlays"
+            )
+    return files
 
 
 def _save_png(path: Path, picture: Any) -> None:

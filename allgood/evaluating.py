@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from allgood.types import InputError, Sample
 
 if TYPE_CHECKING:
-    from allgood.evaluation.content import CategoryResult, GalleryItem, ReportContent
+    from allgood.evaluation.content import Alarms, CategoryResult, GalleryItem, ReportContent
     from allgood.inference import Inspector
     from allgood.metrics import Metric, PixelState
     from allgood.types import Batch, Failure, Prediction
@@ -51,8 +51,8 @@ def evaluate(
 ) -> Evaluation:
     """Judge the test pictures of data sets and measure how well.
 
-    Pictures that the run was fitted on are left out, however they are named. Where disk does not
-    say which pictures are for testing, the run's own seeded split says it.
+    Pictures that the run was fitted or calibrated on are left out, however they are named. Where
+    disk does not say which pictures are for testing, the run's own seeded split says it.
 
     Args:
         run: folder of a fitted run.
@@ -71,34 +71,20 @@ def evaluate(
     Raises:
         InputError: no test pictures, a category never learned.
     """
-    from allgood.data.fingerprint import digests, fingerprint
-    from allgood.data.readers import read_data
-    from allgood.evaluation.content import ReportContent, UnreadablePicture
-    from allgood.evaluation.report import write_report
-    from allgood.inference import Inspector
-    from allgood.metrics import mean_over_categories
-    from allgood.runs import METRICS, PROVENANCE, REPORT, read_json, write_json
-
     started = time.monotonic()
+    arguments = dict(locals())
+    from allgood.evaluation.report import write_report
+    from allgood.inference import Inspector, require_at_least
+    from allgood.progress import say
+    from allgood.runs import METRICS, REPORT, command_line, write_json
+
+    require_at_least(1, batch_size=batch_size)
+    require_at_least(0, pixel_size=pixel_size)
+    out = Path(out) if out is not None else Path(run)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"'{out}' is a file: name a folder with --out")
     inspector = Inspector(run, device=device)
-    out = Path(out) if out is not None else inspector.run
-    roots = [data] if isinstance(data, str | Path) else list(data)
-    fitted = inspector.config["data"]
-    dataset = read_data(
-        roots, layout=layout, train_share=fitted["train_share"], seed=inspector.config["seed"]
-    )
-    for category in dataset.categories:
-        inspector.index_of(category)
-    provenance = read_json(inspector.run / PROVENANCE)
-    known = set(provenance["fitted_on"])
-    digest = digests(dataset.test)
-    samples = [sample for sample in dataset.test if digest.get(sample.path) not in known]
-    num_seen = len(dataset.test) - len(samples)
-    if not samples:
-        raise InputError(
-            f"{', '.join(map(str, roots))}: no test pictures"
-            + (f"; all {num_seen} were seen in fitting" if num_seen else "")
-        )
+    samples, num_seen = _test_samples(inspector, data, layout)
     judged = _judge(
         inspector,
         samples,
@@ -107,46 +93,112 @@ def evaluate(
         exact=exact,
         batch_size=batch_size,
     )
-    results = [_category_result(judged, name, inspector) for name in judged.names()]
-    pooled = _category_result(judged, None, inspector)
-    mean = mean_over_categories({result.name: dict(result.metrics) for result in results})
-    protocol = _protocol(inspector, judged, pixel_size, infer_category, num_seen)
-    content = ReportContent(
-        title=f"{inspector.config['detector']['name']} on {', '.join(inspector.categories)}",
-        detector=inspector.config["detector"]["name"],
-        encoder=inspector.config["encoder"]["settings"]["name"],
-        created_at=datetime.now(UTC),
-        num_training=fitted["fitted_pictures"],
-        categories=results,
-        mean=mean,
-        pooled=pooled,
-        protocol=protocol,
+    content = _content(
+        inspector,
+        judged,
+        protocol=_protocol(inspector, judged, pixel_size, infer_category, num_seen),
         gallery=_gallery(inspector, judged, infer_category),
+        command=command_line(evaluate, arguments),
+        samples=samples,
+    )
+    content = replace(content, wall_seconds=time.monotonic() - started)
+    numbers = _numbers(content, pixel_size)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / METRICS, numbers)
+    write_report(out / REPORT, content)
+    for failure in judged.failures:
+        say(f"left out: {failure.reason}")
+    return Evaluation(numbers, content, out / METRICS, out / REPORT)
+
+
+def _test_samples(
+    inspector: Inspector, data: Sequence[str | Path] | str | Path, layout: str | None
+) -> tuple[list[Sample], int]:
+    """The test pictures that the run has not seen, and the number of those that it has."""
+    from allgood.data.fingerprint import digests
+    from allgood.data.readers import read_data
+    from allgood.runs import PROVENANCE, read_json
+
+    roots = [data] if isinstance(data, str | Path) else list(data)
+    dataset = read_data(
+        roots,
+        layout=layout,
+        train_share=inspector.config["data"]["train_share"],
+        seed=inspector.config["seed"],
+    )
+    for category in dataset.categories:
+        inspector.index_of(category)
+    known = set(read_json(inspector.run / PROVENANCE)["fitted_on"])
+    if inspector.calibration is not None:
+        known.update(*inspector.calibration.pictures.values())
+    digest = digests(dataset.test)
+    samples = [sample for sample in dataset.test if digest.get(sample.path) not in known]
+    num_seen = len(dataset.test) - len(samples)
+    if not samples:
+        raise InputError(
+            f"{', '.join(map(str, roots))}: no test pictures"
+            + (f"; all {num_seen} were seen in fitting or calibration" if num_seen else "")
+        )
+    return samples, num_seen
+
+
+def _content(
+    inspector: Inspector,
+    judged: _Judged,
+    *,
+    protocol: list[str],
+    gallery: list[GalleryItem],
+    command: str,
+    samples: Sequence[Sample],
+) -> ReportContent:
+    """Everything that the report shows."""
+    from allgood.data.fingerprint import fingerprint
+    from allgood.evaluation.content import ReportContent, UnreadablePicture
+    from allgood.metrics import mean_over_categories
+    from allgood.runs import PROVENANCE, read_json
+
+    config = inspector.config
+    provenance = read_json(inspector.run / PROVENANCE)
+    results = [_category_result(judged, name, inspector) for name in judged.names()]
+    return ReportContent(
+        title=f"{config['detector']['name']} on {', '.join(inspector.categories)}",
+        detector=config["detector"]["name"],
+        encoder=config["encoder"]["settings"]["name"],
+        created_at=datetime.now(UTC),
+        num_training=config["data"]["fitted_pictures"],
+        categories=results,
+        mean=mean_over_categories({result.name: dict(result.metrics) for result in results}),
+        pooled=_category_result(judged, None, inspector),
+        protocol=protocol,
+        gallery=gallery,
         unreadable=[UnreadablePicture(str(f.path), f.reason) for f in judged.failures],
-        commands=_commands(inspector, roots, provenance),
-        wall_seconds=time.monotonic() - started,
+        commands=[provenance["command"], command],
         versions={"allgood": provenance["allgood"], **provenance["packages"]},
         facts={
             "test data fingerprint": fingerprint(samples),
             "fitted data fingerprint": provenance["data_fingerprint"],
-            "seed": str(inspector.config["seed"]),
+            "seed": str(config["seed"]),
             "device": str(inspector.device),
         },
     )
-    numbers = {
-        "protocol": protocol,
+
+
+def _numbers(content: ReportContent, pixel_size: int) -> dict[str, Any]:
+    """What metrics.json holds."""
+    assert content.pooled is not None
+    return {
+        "protocol": content.protocol,
         "pixel_size": pixel_size or "own",
-        "categories": {result.name: _json(result.metrics) for result in results},
-        "mean": _json(mean),
-        "pooled": _json(pooled.metrics),
-        "alarms": {result.name: _alarms_json(result) for result in [*results, pooled]},
-        "unreadable": [[str(f.path), f.reason] for f in judged.failures],
+        "categories": {result.name: _json(result.metrics) for result in content.categories},
+        "mean": _json(content.mean),
+        "pooled": _json(content.pooled.metrics),
+        "alarms": {
+            **{result.name: _alarms_json(result) for result in content.categories},
+            "pooled": _alarms_json(content.pooled),
+        },
+        "unreadable": [[picture.path, picture.reason] for picture in content.unreadable],
         "test_data_fingerprint": content.facts["test data fingerprint"],
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / METRICS, numbers)
-    write_report(out / REPORT, content)
-    return Evaluation(numbers, content, out / METRICS, out / REPORT)
 
 
 class _Judged:
@@ -265,7 +317,7 @@ def _category_result(judged: _Judged, category: str | None, inspector: Inspector
         defective_scores=scores[bad],
         metrics=metrics,
         calibration_scores=np.array(calibration),
-        alarms=_alarms(inspector, scores, bad, calibration),
+        alarms=_alarms(inspector, judged, rows, category, calibration),
         curves=Curves.of(image_curves(scores, bad), pixels.curves()),
         num_with_masks=sum(judged.has_mask[i] for i in rows),
         num_unreadable=(
@@ -285,7 +337,14 @@ def _calibration_scores(
     return [score for name in wanted for score in calibration.image_scores[name]]
 
 
-def _alarms(inspector: Inspector, scores: Any, bad: Any, calibration: list[float]) -> Any:
+def _alarms(
+    inspector: Inspector,
+    judged: _Judged,
+    rows: Sequence[int],
+    category: str | None,
+    calibration: list[float],
+) -> Alarms | None:
+    """Of one category, or of all pooled under one threshold (category None)."""
     from allgood.calibration import threshold
     from allgood.evaluation.content import Alarms
 
@@ -293,8 +352,22 @@ def _alarms(inspector: Inspector, scores: Any, bad: Any, calibration: list[float
         return None
     alpha = inspector.calibration.max_false_alarm
     limit = threshold(calibration, alpha)
-    alarm = scores > limit
-    return Alarms(limit, alpha, int((alarm & bad).sum()), int((alarm & ~bad).sum()))
+    if category is None:
+        raised = [i for i in rows if judged.scores[i] > limit]
+    else:
+        raised = [i for i in rows if _is_alarm(inspector, judged, i)]
+    num_false = sum(judged.samples[i].is_good for i in raised)
+    return Alarms(limit, alpha, num_found=len(raised) - num_false, num_false_alarms=num_false)
+
+
+def _is_alarm(inspector: Inspector, judged: _Judged, i: int) -> bool:
+    """What `inspect` says of the picture: judged as what it looks like, if that was asked for."""
+    calibration, name = inspector.calibration, judged.judged_as[i]
+    return (
+        calibration is not None
+        and calibration.knows(name)
+        and calibration.is_anomalous(name, judged.scores[i])
+    )
 
 
 def _gallery(inspector: Inspector, judged: _Judged, infer_category: bool) -> list[GalleryItem]:
@@ -305,13 +378,13 @@ def _gallery(inspector: Inspector, judged: _Judged, infer_category: bool) -> lis
     for name in judged.names():
         if not inspector.calibration.knows(name):
             continue
-        limit = inspector.calibration.image_threshold(name)
         rows = sorted(judged.rows(name), key=lambda i: judged.scores[i])
         bad = [i for i in rows if not judged.samples[i].is_good]
         good = [i for i in rows if judged.samples[i].is_good]
-        found = [i for i in bad if judged.scores[i] > limit][::-1]
-        missed = [i for i in bad if judged.scores[i] <= limit]
-        alarms = [i for i in good if judged.scores[i] > limit][::-1]
+        raised = {i for i in rows if _is_alarm(inspector, judged, i)}
+        found = [i for i in bad if i in raised][::-1]
+        missed = [i for i in bad if i not in raised]
+        alarms = [i for i in good if i in raised][::-1]
         for kind, chosen in (("found", found), ("missed", missed), ("false alarm", alarms)):
             for i in chosen[:GALLERY_PER_KIND]:
                 items.append(_gallery_item(inspector, judged.samples[i], kind, infer_category))
@@ -362,12 +435,10 @@ def _protocol(
         "picture was used in fitting or in setting thresholds."
     ]
     if inspector.calibration is not None:
+        count = sum(map(len, inspector.calibration.image_scores.values()))
         sentences.append(
-            f"Alarm thresholds come from {config['data']['held_out_pictures']} good pictures kept "
-            "from fitting (split-conformal, per category); the pooled row has one threshold for "
-            "all."
-            if config["data"]["held_out_pictures"]
-            else "Alarm thresholds come from good pictures given to `allgood calibrate`."
+            f"Alarm thresholds come from {count} good pictures that the model was not fitted on "
+            "(split-conformal, per category); the pooled row has one threshold for all."
         )
     else:
         sentences.append("The run is not calibrated: no alarms, ranking metrics only.")
@@ -391,7 +462,9 @@ def _protocol(
     )
     sentences.append("Category numbers are averaged without weights.")
     if num_seen:
-        sentences.append(f"{num_seen} test pictures were left out: the run was fitted on them.")
+        sentences.append(
+            f"{num_seen} test pictures were left out: the run was fitted or calibrated on them."
+        )
     for root, layout in config["data"]["layouts"].items():
         if layout == "elpv":
             sentences.append(
@@ -399,18 +472,6 @@ def _protocol(
                 "out. Cells that stand together in the list stay on one side of the split."
             )
     return sentences
-
-
-def _commands(
-    inspector: Inspector, roots: Sequence[str | Path], provenance: Mapping[str, Any]
-) -> list[str]:
-    import shlex
-
-    fit = [Path(provenance["command"][0]).name, *provenance["command"][1:]]
-    return [
-        shlex.join(fit),
-        shlex.join(["allgood", "evaluate", str(inspector.run), *map(str, roots)]),
-    ]
 
 
 def _json(metrics: Mapping[str, Metric]) -> dict[str, Any]:

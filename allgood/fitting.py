@@ -1,25 +1,37 @@
-"""Door: good pictures -> a run's folder. `allgood.fit` for Python users and the command line
-alike."""
+"""Door: good pictures -> a run's folder. `allgood.fit` for Python users and the command line.
+
+settings resolved -> folder prepared -> detector fitted -> files written -> calibrated -> published
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from allgood.types import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from allgood.data.readers import Dataset
     from allgood.data.transforms import Transform
+    from allgood.encoders.frozen import FrozenEncoder
     from allgood.layers.patch_store import PatchStore
     from allgood.types import Batch, Failure, Sample
 
 ROTATIONS = (0, 45, 90, 135, 180, 225, 270, 315)
 """Angles of the rotated copies of few-shot references (AnomalyDINO)."""
+
+_REQUEST = "request.json"
+"""In state/: what the fit under way was asked for; only the same request goes on with it."""
 
 
 def fit(
@@ -82,72 +94,77 @@ def fit(
     Raises:
         InputError: anything given that cannot be used, in one sentence.
     """
+    started = time.monotonic()
+    arguments = dict(locals())
     from allgood.calibrating import calibrate_on, split_for_calibration
     from allgood.data.fingerprint import digests, fingerprint
-    from allgood.data.readers import read_data
     from allgood.detectors import detector_classes
     from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
     from allgood.encoders.tiled import tiled
-    from allgood.inference import choose_device, own_weights
-    from allgood.layers.patch_store import PatchStore
-    from allgood.progress import say
+    from allgood.inference import choose_device, require_at_least
     from allgood.runs import (
-        CONFIG,
         FORMAT,
         PROVENANCE,
-        STATE,
-        WEIGHTS,
+        command_line,
+        finish,
+        is_finished,
         provenance,
+        publish,
         write_json,
-        write_weights,
     )
 
-    started = time.monotonic()
+    # Settings resolved and checked; nothing is written yet.
     out = Path(out)
-    data = [data] if isinstance(data, str | Path) else list(data)
+    roots = [data] if isinstance(data, str | Path) else list(data)
+    require_at_least(1, batch_size=batch_size, image_size=image_size, tile=tile, shots=shots)
+    require_at_least(0, seed=seed)
+    require_at_least(0.5, memory_gb=memory_gb)
+    _refuse_folder(out, overwrite)
     config_class, detector_class = detector_classes(detector)
     detector_config = parse_settings(config_class, settings)
-    if memory_gb < 0.5:
-        raise InputError(f"memory_gb must be at least 0.5, got {memory_gb:g}")
-    dataset = read_data(data, layout=layout, train_share=train_share, seed=seed)
-    if not dataset.train:
-        raise InputError(
-            f"{', '.join(map(str, data))}: no good pictures to fit on; "
-            "the layouts that are understood: allgood list datasets"
-        )
-    if dataset.untrained:
-        say(f"without good pictures, and so not learned: {', '.join(dataset.untrained)}")
-    for line in dataset.describe().splitlines():
-        say(line)
-
-    frozen = FrozenEncoder(EncoderConfig(encoder, levels, weights, norm=detector == "anomalydino"))
-    transform = _transform(detector, frozen.multiple, image_size, keep_aspect)
-    if shots is not None:
-        chosen, held_out = few_shots(dataset, shots, seed), []
-    else:
+    where = choose_device(device)
+    dataset = _read_good(roots, layout, train_share, seed)
+    if shots is None:
         chosen, held_out = split_for_calibration(
             dataset.train, calibration_share, max_false_alarm, seed
         )
+    else:
+        chosen, held_out = few_shots(dataset, shots, seed), []
     categories = tuple(sorted({sample.category for sample in chosen}))
-    ignore_of = _ignore_masks(ignore, categories)
+    if weights not in ("pretrained", "random"):
+        weights = os.path.abspath(weights)  # the run must find them from everywhere
+    encoder_config = EncoderConfig(encoder, levels, weights, norm=detector == "anomalydino")
+    frozen = FrozenEncoder(encoder_config)
+    transform = _transform(detector, frozen, image_size, keep_aspect)
+    model = detector_class(detector_config, tiled(frozen, tile), categories, seed=seed)
     if rotate is None:
         rotate = detector == "anomalydino" and shots is not None
-    angles = ROTATIONS if rotate else (0,)
+    job = _Job(
+        model=model.to(where).eval(),
+        transform=transform,
+        samples=chosen,
+        angles=ROTATIONS if rotate else (0,),
+        ignore_of=_ignore_masks(ignore, categories),
+        batch_size=batch_size,
+        seed=seed,
+        # Half of the budget: the rest is for the network, the pictures in flight and the choice.
+        budget_bytes=int(memory_gb / 2 * 2**30),
+    )
     config = {
         "format": FORMAT,
         "detector": {"name": detector, "settings": asdict(detector_config)},
-        "encoder": {"settings": frozen.config.to_json(), "digest": frozen.digest},
+        "encoder": {"settings": encoder_config.to_json(), "digest": frozen.digest},
         "transform": transform.to_json(),
         "tile": tile,
         "categories": list(categories),
         "seed": seed,
         "data": {
-            "roots": [str(root) for root in data],
+            "roots": [str(root) for root in roots],
             "layout": layout,
             "layouts": dict(dataset.layouts),
             "train_share": train_share,
             "shots": shots,
-            "angles": list(angles),
+            "angles": list(job.angles),
             "calibration_share": calibration_share,
             "fitted_pictures": len(chosen),
             "held_out_pictures": len(held_out),
@@ -155,36 +172,42 @@ def fit(
         "memory_gb": memory_gb,
         "batch_size": batch_size,
     }
-    request = config | {"fingerprint": fingerprint(chosen)}
-    _prepare_folder(out, request, overwrite)
-
-    model = detector_class(detector_config, tiled(frozen, tile), categories, seed=seed)
-    model.to(choose_device(device)).eval()
-    store = PatchStore(
-        out / STATE / "patches",
-        num_images=len(chosen) * len(angles),
-        # Half of the budget: the rest is for the network, the pictures in flight and the choice.
-        budget_bytes=int(memory_gb / 2 * 2**30),
-        seed=seed,
-    )
-    if store.position:
-        say(f"going on after {store.position} of {len(chosen) * len(angles)} pictures")
-    failures = _fit(model, store, chosen, transform, angles, ignore_of, batch_size)
-    write_weights(out / WEIGHTS, own_weights(model))
-    _write_ignore(out, ignore_of)
-    config["data"]["unreadable"] = [[str(f.path), f.reason] for f in failures]
-    facts = provenance(
-        data_fingerprint=fingerprint(dataset.samples),
+    facts: dict[str, Any] = {
+        "command": command_line(fit, arguments),
+        "data_fingerprint": fingerprint([*chosen, *held_out]),
         # So that they are recognised when they turn up in a test or a calibration.
-        fitted_on=sorted(set(digests(chosen).values())),
-        seconds=round(time.monotonic() - started, 1),
-        device=str(choose_device(device)),
-    )
-    write_json(out / PROVENANCE, facts)
-    write_json(out / CONFIG, config)
-    if held_out:
-        calibrate_on(out, held_out, max_false_alarm, device=device)
-    shutil.rmtree(out / STATE)
+        "fitted_on": sorted(set(digests(chosen).values())),
+        "device": str(where),
+    }
+
+    # The same request goes on with what a killed fit left; the whole run comes to be in state/run.
+    request = config | {
+        "fingerprint": facts["data_fingerprint"],
+        "max_false_alarm": max_false_alarm,
+        "ignore": _digest(job.ignore_of),
+    }
+    state = _open_state(out, request, overwrite)
+    new = state / "run"
+    try:
+        if not is_finished(new):
+            failures = _fit_detector(job, state / "patches")
+            _write_run(new, job, config, failures)
+            if held_out:
+                failures += calibrate_on(new, held_out, max_false_alarm, device=device)
+            facts["unreadable"] = [[str(failure.path), failure.reason] for failure in failures]
+            facts["seconds"] = round(time.monotonic() - started, 1)
+            write_json(new / PROVENANCE, provenance(**facts))
+            finish(new)
+        shutil.rmtree(state / "patches", ignore_errors=True)
+        publish(new, out)
+    except InputError:  # the user must change something, so there is nothing to go on with
+        _withdraw(out)
+        raise
+    except OSError as error:
+        error.filename = error.filename or str(state)
+        raise
+    shutil.rmtree(state)
+    _say_result(out)
     return out
 
 
@@ -199,14 +222,16 @@ def parse_settings(config_class: type, settings: Sequence[str]) -> Any:
     from allgood.data.files import did_you_mean
 
     hints = get_type_hints(config_class)
-    values = {}
+    values: dict[str, Any] = {}
     for word in settings:
         name, equals, text = word.partition("=")
-        if not equals or name not in hints:
+        if name not in hints:
             raise InputError(
-                f"unknown setting '{word}'{did_you_mean(name, list(hints))}; "
-                f"settings are name=value with the names {', '.join(hints)}"
+                f"unknown setting '{name}'{did_you_mean(name, list(hints)) or ';'} "
+                f"known: {', '.join(hints)}"
             )
+        if not equals:
+            raise InputError(f"setting '{word}' has no value: write {name}=VALUE")
         hint = hints[name]
         options = get_args(hint)
         if type(None) in options:
@@ -224,7 +249,8 @@ def parse_settings(config_class: type, settings: Sequence[str]) -> Any:
         try:
             values[name] = hint(text)
         except ValueError:
-            raise InputError(f"setting {name} must be a {hint.__name__}, got '{text}'") from None
+            kind = "a whole number" if hint is int else "a number"
+            raise InputError(f"setting {name} must be {kind}, got '{text}'") from None
     return config_class(**values)
 
 
@@ -244,133 +270,291 @@ def few_shots(dataset: Dataset, shots: int, seed: int) -> list[Sample]:
     return chosen
 
 
-def _fit(
-    model: Any,
-    store: PatchStore,
-    samples: Sequence[Sample],
-    transform: Transform,
-    angles: Sequence[float],
-    ignore_of: Mapping[str, Any],
-    batch_size: int,
-) -> list[Failure]:
-    """Run the detector's fit over what the store has not seen yet; returns all unreadable
-    pictures."""
+@dataclass(frozen=True)
+class _Job:
+    """What the detector is fitted on, and how."""
+
+    model: Any
+    transform: Transform
+    samples: Sequence[Sample]
+    angles: Sequence[float]
+    """Every picture is learned once per angle."""
+    ignore_of: Mapping[str, np.ndarray]
+    batch_size: int
+    seed: int
+    budget_bytes: int
+    """What the patches may take in memory."""
+
+
+def _read_good(
+    roots: Sequence[str | Path], layout: str | None, train_share: float, seed: int
+) -> Dataset:
+    """The data, described on stderr; there is something to learn from."""
+    from allgood.data.readers import read_data
+    from allgood.progress import say
+
+    dataset = read_data(roots, layout=layout, train_share=train_share, seed=seed)
+    if not dataset.train:
+        raise InputError(
+            f"{', '.join(map(str, roots))}: no good pictures to fit on; "
+            "the layouts that are understood: allgood list datasets"
+        )
+    say(dataset.describe())
+    if dataset.untrained:
+        say(f"without good pictures, and so not learned: {', '.join(dataset.untrained)}")
+    return dataset
+
+
+def _fit_detector(job: _Job, folder: Path) -> list[Failure]:
+    """Fit the model, going on with what a killed fit left in the store's folder.
+
+    Returns:
+        the pictures that could not be read.
+
+    Raises:
+        InputError: no good picture of a category could be read.
+    """
+    import torch
+
+    from allgood.layers.patch_store import PatchStore
+    from allgood.progress import late_bar, say
+
+    total = len(job.samples) * len(job.angles)
+    store = PatchStore(folder, num_images=total, budget_bytes=job.budget_bytes, seed=job.seed)
+    if store.position:
+        say(f"going on after {store.position} of {total} pictures")
+    failures = list(store.failures)
+    with (
+        torch.inference_mode(),
+        closing(_batches(job, store, failures)) as batches,
+        late_bar("choosing the memory bank") as choosing,
+    ):
+        job.model.fit(batches, store, progress=choosing)
+    # Rotated copies fail once per angle, and one read ahead of a kill fails again.
+    return list({failure.path: failure for failure in failures}.values())
+
+
+def _batches(job: _Job, store: PatchStore, failures: list[Failure]) -> Generator[Batch]:
+    """Batches that the store has not seen yet; each counts as seen when the next is asked for."""
     import torch
 
     from allgood.data.batches import load_batches
-    from allgood.inference import ignore_masks
-    from allgood.progress import bar, late_bar
+    from allgood.inference import hide, ignore_masks
+    from allgood.progress import bar
 
-    place = {sample.id + sample.category: i for i, sample in enumerate(samples)}
-    device = next(iter(model.buffers())).device
-    total = len(samples) * len(angles)
-    failures = list(store.failures)
-    index = {name: i for i, name in enumerate(model.categories)}
+    samples, categories = job.samples, job.model.categories
+    place = {(sample.category, sample.id): i for i, sample in enumerate(samples)}
+    index = {name: i for i, name in enumerate(categories)}
+    device = next(iter(job.model.buffers())).device
+    total = len(samples) * len(job.angles)
+    position = store.position
 
-    def batches() -> Iterator[Batch]:
-        position = store.position
+    def seen(now: int) -> None:
+        nonlocal position
+        position = now
+        store.commit(position, failures)
+        reading.at(position)
+
+    with bar("reading good pictures", total) as reading:
         reading.at(position)
         while position < total:
             turn, first = divmod(position, len(samples))
-            turned = replace(transform, angle=float(angles[turn]))
+            turned = replace(job.transform, angle=float(job.angles[turn]))
             for batch in load_batches(
-                samples[first:], turned, failures=failures, batch_size=batch_size
+                samples[first:], turned, failures=failures, batch_size=job.batch_size
             ):
-                if ignore_of:
+                image, ignore = batch.image.to(device), None
+                if job.ignore_of:
                     category = torch.tensor([index[sample.category] for sample in batch.sample])
-                    masks = ignore_masks(ignore_of, model.categories, category, batch, turned)
-                    batch = replace(batch, ignore=masks.to(device))
-                yield replace(batch, image=batch.image.to(device))
-                # The detector has taken the batch in when it asks for the next one.
+                    masks = ignore_masks(
+                        job.ignore_of, categories, category, batch.original_size, turned
+                    )
+                    ignore = masks.to(device)
+                    image = hide(image, ignore)
+                yield replace(batch, image=image, ignore=ignore)
                 last = batch.sample[-1]
-                position = turn * len(samples) + place[last.id + last.category] + 1
-                store.commit(position, failures)
-                reading.at(position)
-            position = (turn + 1) * len(samples)
-            store.commit(position, failures)
-            reading.at(position)
+                seen(turn * len(samples) + place[last.category, last.id] + 1)
+            seen((turn + 1) * len(samples))  # past the unreadable ones at the end
+    _require_readable(samples, failures)
 
-    with (
-        torch.inference_mode(),
-        late_bar("choosing the memory bank") as choosing,
-        bar("reading good pictures", total) as reading,
-    ):
-        model.fit(batches(), store, progress=choosing)
-    if len({failure.path for failure in failures}) == len(samples):
-        raise InputError(
-            f"none of the {len(samples)} good pictures could be read; {failures[0].reason}"
-        )
-    return failures
+
+def _require_readable(samples: Sequence[Sample], failures: Sequence[Failure]) -> None:
+    failed = {failure.path for failure in failures}
+    for category in sorted({sample.category for sample in samples}):
+        own = [sample.path for sample in samples if sample.category == category]
+        if failed.issuperset(own):
+            reason = next(failure.reason for failure in failures if failure.path in own)
+            raise InputError(
+                f"none of the {len(own)} good pictures of category '{category}' could be read; "
+                f"the first: {reason}"
+            )
+
+
+def _write_run(new: Path, job: _Job, config: dict[str, Any], failures: Sequence[Failure]) -> None:
+    """Weights, ignored regions and settings: what an Inspector needs."""
+    from allgood.inference import own_weights
+    from allgood.runs import CONFIG, IGNORE, WEIGHTS, ignore_file, write_json, write_weights
+
+    new.mkdir(exist_ok=True)
+    write_weights(new / WEIGHTS, own_weights(job.model))
+    if job.ignore_of:
+        (new / IGNORE).mkdir(exist_ok=True)
+    for name, mask in job.ignore_of.items():
+        _write_mask(ignore_file(new, name), mask)
+    config["data"]["fitted_pictures"] = len(job.samples) - len(failures)
+    write_json(new / CONFIG, config)
+
+
+def _say_result(out: Path) -> None:
+    """The end of a fit on stderr: what was left out, and what there is now."""
+    from allgood.progress import say
+    from allgood.runs import CALIBRATION, CONFIG, PROVENANCE, read_json
+
+    config, facts = read_json(out / CONFIG), read_json(out / PROVENANCE)
+    if facts["unreadable"]:
+        say(f"left out, as they could not be read: {len(facts['unreadable'])} pictures")
+        for _, reason in facts["unreadable"]:
+            say(f"  {reason}")
+    say(
+        f"learned {len(config['categories'])} categories from "
+        f"{config['data']['fitted_pictures']} good pictures in {facts['seconds']:.0f} s"
+    )
+    if not (out / CALIBRATION).is_file():
+        say(f"without alarm thresholds: `allgood calibrate {out} GOOD` sets them")
 
 
 def _transform(
-    detector: str, multiple: int, image_size: int | None, keep_aspect: bool | None
+    detector: str, encoder: FrozenEncoder, image_size: int | None, keep_aspect: bool | None
 ) -> Transform:
     """Each paper's own input geometry where the user says nothing."""
     from allgood.data.transforms import Transform
 
+    multiple = encoder.multiple
+    interpolation: Literal["bilinear", "bicubic"]
     if detector == "anomalydino":
         size, keep, interpolation = image_size or 448, keep_aspect is not False, "bicubic"
     else:
         size, keep, interpolation = image_size or 256, bool(keep_aspect), "bilinear"
     if image_size is None:
         size -= size % multiple
+    elif size < multiple or (size % multiple and not keep):
+        lower = size - size % multiple
+        near = f"{lower} or {lower + multiple}" if lower else str(multiple)
+        raise InputError(
+            f"image_size must be a multiple of {multiple} for encoder '{encoder.config.name}', "
+            f"got {size}: take {near}"
+        )
     return Transform(size, keep, multiple, interpolation=interpolation)
 
 
-def _prepare_folder(out: Path, request: Mapping[str, Any], overwrite: bool) -> None:
-    """Make the run's folder, or find in it the unfinished fit of the same request."""
-    from allgood.runs import CONFIG, STATE, read_json, write_json
+# -- the run's folder ----------------------------------------------------------------------------
 
-    if (out / CONFIG).exists() and not overwrite:
-        raise InputError(f"run '{out}' exists: name another folder with --out, or give --overwrite")
+
+def _refuse_folder(out: Path, overwrite: bool) -> None:
+    """InputError where the folder holds something that this fit must not touch."""
+    from allgood.runs import CONFIG
+
     if out.exists() and not out.is_dir():
         raise InputError(f"'{out}' is a file: name a folder with --out")
-    state = out / STATE / "request.json"
-    if state.exists() and read_json(state) != request:
+    if (out / CONFIG).exists():
+        if not overwrite:
+            raise InputError(
+                f"run '{out}' exists: name another folder with --out, or give --overwrite"
+            )
+    elif out.is_dir() and any(out.iterdir()) and not _is_unfinished(out):
+        raise InputError(f"folder '{out}' is not empty and no run: name another one with --out")
+
+
+def _is_unfinished(out: Path) -> bool:
+    """Whether a killed fit left its state; the first thing it writes is the request."""
+    from allgood.runs import STATE
+
+    state = out / STATE
+    if not state.is_dir():
+        return False
+    return (state / _REQUEST).is_file() or all(_REQUEST in path.name for path in state.iterdir())
+
+
+def _open_state(out: Path, request: Mapping[str, Any], overwrite: bool) -> Path:
+    """The folder state/, new or with what a killed fit of the same request left there."""
+    from allgood import __version__
+    from allgood.runs import STATE, read_json, write_json
+
+    state = out / STATE
+    request = json.loads(json.dumps({"allgood": __version__, **request}))  # as it will be read
+    if (state / _REQUEST).is_file() and read_json(state / _REQUEST) != request:
         if not overwrite:
             raise InputError(
                 f"run '{out}' holds an unfinished fit of other data or settings: give that command "
                 "again, name another folder with --out, or give --overwrite"
             )
-        shutil.rmtree(out / STATE)
-    if overwrite and (out / CONFIG).exists():
-        (out / CONFIG).unlink()
-    if out.exists() and not state.exists() and not overwrite and any(out.iterdir()):
-        raise InputError(f"folder '{out}' is not empty and no run: name another one with --out")
-    (out / STATE).mkdir(parents=True, exist_ok=True)
-    write_json(state, request)
+        shutil.rmtree(state)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(
+            f"folder '{out}' cannot be made: a part of its path is a file; "
+            "name another one with --out"
+        ) from None
+    write_json(state / _REQUEST, request)
+    return state
 
 
-def _ignore_masks(ignore: Path | None, categories: Sequence[str]) -> dict[str, Any]:
+def _withdraw(out: Path) -> None:
+    """Leave nothing of a fit that cannot come to an end; an older run stays."""
+    from allgood.runs import STATE
+
+    shutil.rmtree(out / STATE, ignore_errors=True)
+    if not any(out.iterdir()):
+        out.rmdir()
+
+
+# -- ignored regions -----------------------------------------------------------------------------
+
+
+def _ignore_masks(ignore: Path | None, categories: Sequence[str]) -> dict[str, np.ndarray]:
     """Per category (H, W) bool; a single file is for all of them."""
+    from allgood.data.files import pictures_in
     from allgood.data.images import read_image
+
+    def read(path: Path) -> np.ndarray:
+        mask = read_image(path).max(axis=2) >= 128  # not > 0: a JPEG's black is not all black
+        if mask.mean() > 0.98:
+            raise InputError(
+                f"{path}: is white all over, so nothing is left to look at; paint white only "
+                "what is to be ignored"
+            )
+        return mask
 
     if ignore is None:
         return {}
     ignore = Path(ignore)
     if not ignore.is_dir():
-        mask = read_image(ignore)[..., 0] > 0
-        return dict.fromkeys(categories, mask)
-    files = {path.stem: path for path in sorted(ignore.iterdir())}
+        return dict.fromkeys(categories, read(ignore))
+    files = {path.stem: path for path in pictures_in(ignore)}
     unknown = [name for name in files if name not in categories]
     if unknown or not files:
         raise InputError(
             f"{ignore}: expected masks named after categories ({', '.join(categories)}), "
             f"found {unknown[0] if unknown else 'none'}"
         )
-    return {name: read_image(path)[..., 0] > 0 for name, path in files.items()}
+    return {name: read(path) for name, path in files.items()}
 
 
-def _write_ignore(out: Path, masks: Mapping[str, Any]) -> None:
+def _write_mask(path: Path, mask: np.ndarray) -> None:
     import io
 
     from PIL import Image
 
-    from allgood.runs import IGNORE, write_bytes
+    from allgood.runs import write_bytes
 
-    for name, mask in masks.items():
-        (out / IGNORE).mkdir(exist_ok=True)
-        buffer = io.BytesIO()
-        Image.fromarray(mask).save(buffer, "PNG")
-        write_bytes(out / IGNORE / f"{name}.png", buffer.getvalue())
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
+
+
+def _digest(masks: Mapping[str, np.ndarray]) -> dict[str, str]:
+    return {
+        name: hashlib.blake2b(mask.tobytes() + str(mask.shape).encode(), digest_size=8).hexdigest()
+        for name, mask in masks.items()
+    }

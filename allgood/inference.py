@@ -1,11 +1,11 @@
-"""Door: a run's folder and pictures -> judgements. The way of every picture: command line, server
-and Python users.
+"""Door: a run's folder and pictures -> judgements. The command line, the server and Python users
+all send their pictures this way.
 
-read (threads) -> transform -> detector.predict -> calibration -> scores and boxes in the picture's
-own pixels
+read (threads) -> transform -> detector.predict -> calibration -> scores, and boxes in the
+picture's own pixels
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from allgood.calibration import Calibration
 from allgood.data.batches import MaskSize, load_batches
-from allgood.data.files import did_you_mean
-from allgood.data.images import read_image
+from allgood.data.files import did_you_mean, pictures_below
+from allgood.data.images import read_image, shown
 from allgood.data.transforms import Box, Transform
 from allgood.detectors import detector_classes
 from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
@@ -26,8 +26,9 @@ from allgood.encoders.tiled import tiled
 from allgood.evaluation.overlay import heat_overlay
 from allgood.runs import (
     CALIBRATION,
-    IGNORE,
+    CONFIG,
     WEIGHTS,
+    ignore_file,
     read_config,
     read_json,
     read_weights,
@@ -35,9 +36,8 @@ from allgood.runs import (
 from allgood.types import GOOD, Batch, Failure, InputError, Prediction, Sample
 
 _PEAK_SHARE = 0.8
-"""An alarm whose map stays below the map threshold still shows where it is highest: from this share
-of
-its maximum."""
+"""An alarm whose map stays below the map threshold still shows where it is highest: from this
+share of its maximum on."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Region:
     """A connected part of the picture that looks anomalous."""
 
     box: Box
-    """left, top, right, bottom in the picture's own pixels; right and bottom are the first
+    """left, top, right, bottom in the picture's own pixels; right and bottom are the first ones
     outside."""
     score: float
     """Highest value of the anomaly map inside."""
@@ -60,7 +60,8 @@ class Inspection:
     category_inferred: bool = False
     image_score: float | None = None
     p_value: float | None = None
-    """Share of good pictures that look at least as anomalous; None before calibration."""
+    """Share of good pictures that look at least as anomalous; None before calibration, as are the
+    verdict and the regions."""
     is_anomalous: bool | None = None
     regions: tuple[Region, ...] = ()
     error: str | None = None
@@ -117,34 +118,45 @@ class Inspector:
         """
         self.run = Path(run)
         self.config = read_config(self.run)
-        self.categories: tuple[str, ...] = tuple(self.config["categories"])
-        self.transform = Transform.from_json(self.config["transform"])
         self.device = choose_device(device)
-        encoder = FrozenEncoder(EncoderConfig.from_json(self.config["encoder"]["settings"]))
-        if encoder.digest != self.config["encoder"]["digest"]:
+        try:
+            self._build()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{self.run / CONFIG} is damaged ({type(error).__name__}: {error}): "
+                "fit the run again"
+            ) from error
+        load_weights(self.detector, self.run / WEIGHTS)
+        self.detector.to(self.device).eval()
+        self.ignore = _read_ignore(self.run, self.categories)
+        masks = [self.ignore.get(name) for name in self.categories]
+        self._same_ignore = all(
+            mask is not None and np.array_equal(mask, masks[0]) for mask in masks
+        )
+        self.calibration = _read_calibration(self.run / CALIBRATION)
+
+    def _build(self) -> None:
+        """Encoder, transform and detector as config.json says, still without weights."""
+        config = self.config
+        self.categories: tuple[str, ...] = tuple(config["categories"])
+        self.transform = Transform.from_json(config["transform"])
+        encoder = FrozenEncoder(EncoderConfig.from_json(config["encoder"]["settings"]))
+        if encoder.digest != config["encoder"]["digest"]:
             raise InputError(
                 f"run '{self.run}' was fitted with other weights of '{encoder.config.name}' than "
                 "are installed here: install the same weights, or fit it again"
             )
-        config_class, detector_class = detector_classes(self.config["detector"]["name"])
+        config_class, detector_class = detector_classes(config["detector"]["name"])
         self.detector = detector_class(
-            config_class(**self.config["detector"]["settings"]),
-            tiled(encoder, self.config["tile"]),
+            config_class(**config["detector"]["settings"]),
+            tiled(encoder, config["tile"]),
             self.categories,
-            seed=self.config["seed"],
-        )
-        load_weights(self.detector, read_weights(self.run / WEIGHTS))
-        self.detector.to(self.device).eval()
-        self.ignore = _read_ignore(self.run / IGNORE, self.categories)
-        self.calibration = (
-            Calibration.from_json(read_json(self.run / CALIBRATION))
-            if (self.run / CALIBRATION).is_file()
-            else None
+            seed=config["seed"],
         )
 
     def inspect(
         self,
-        pictures: Iterable[str | Path],
+        pictures: Iterable[str | Path] | str | Path,
         *,
         category: str | None = None,
         batch_size: int = 8,
@@ -152,7 +164,7 @@ class Inspector:
         """Judge pictures, reading ahead while the network works.
 
         Args:
-            pictures: files.
+            pictures: files, and folders that stand for all pictures below them.
             category: what they show; None: inferred per picture.
             batch_size: pictures of equal size that pass the network together.
 
@@ -161,13 +173,14 @@ class Inspector:
             `error`.
 
         Raises:
-            InputError: the category was never learned.
+            InputError: the category was never learned, a folder holds no picture.
         """
+        require_at_least(1, batch_size=batch_size)
         if category is not None:
             self.index_of(category)
         samples = [
             Sample(Path(path), category or "", "test", GOOD, id=f"{i:09d}")
-            for i, path in enumerate(pictures)
+            for i, path in enumerate(picture_files(pictures))
         ]
         failures: list[Failure] = []
         for batch, prediction in self.predict(
@@ -187,10 +200,10 @@ class Inspector:
         mask_size: MaskSize | None = None,
         known_category: bool = True,
     ) -> Iterator[tuple[Batch, Prediction]]:
-        """The detector's word on each batch of samples, on the CPU; pictures that fail go to
-        `failures`.
+        """The detector's word on each batch of samples, on the CPU.
 
         Args:
+            failures: one entry is appended per picture that could not be read.
             mask_size: of the masks in the batches, see `load_batches`; with `own`, maps come in
                 the pictures' own size too.
             known_category: judge each sample as its own category; otherwise infer it.
@@ -211,21 +224,27 @@ class Inspector:
     def predict_batch(
         self, batch: Batch, category: Tensor | None, map_size: tuple[int, int] | None = None
     ) -> Prediction:
-        """As `Detector.predict`, on our device, with the run's ignored regions; answers on the
-        CPU."""
+        """As `Detector.predict`, on our device and with the run's ignored regions.
+
+        The answer is on the CPU.
+        """
         image = batch.image.to(self.device)
-        if self.ignore and category is None:
-            # Which regions to ignore depends on the category: infer it first.
-            category = self.detector.predict(image).category
-        ignore = (
-            ignore_masks(self.ignore, self.categories, category, batch, self.transform)
-            if self.ignore and category is not None
-            else None
-        )
+        ignore = None
+        if self.ignore:
+            ignored_as = category
+            if ignored_as is None and self._same_ignore:
+                ignored_as = torch.zeros(len(image), dtype=torch.int64)
+            elif ignored_as is None:  # the regions depend on the category: infer it first
+                ignored_as = category = self.detector.predict(image).category
+            masks = ignore_masks(
+                self.ignore, self.categories, ignored_as, batch.original_size, self.transform
+            )
+            ignore = masks.to(self.device)
+            image = hide(image, ignore)
         prediction = self.detector.predict(
             image,
             None if category is None else category.to(self.device),
-            ignore=None if ignore is None else ignore.to(self.device),
+            ignore=ignore,
             map_size=map_size,
         )
         return Prediction(
@@ -239,7 +258,8 @@ class Inspector:
         if category not in self.categories:
             raise InputError(
                 f"category '{category}' was never learned by run '{self.run}'"
-                f"{did_you_mean(category, self.categories)}; it knows: {', '.join(self.categories)}"
+                f"{did_you_mean(category, self.categories) or ';'} "
+                f"it knows: {', '.join(self.categories)}"
             )
         return self.categories.index(category)
 
@@ -247,10 +267,12 @@ class Inspector:
         category = self.categories[int(prediction.category[i])]
         score = float(prediction.image_score[i])
         input_map = prediction.anomaly_map[i, 0]
-        p_value, is_anomalous, regions = None, None, ()
+        p_value: float | None = None
+        is_anomalous: bool | None = None
+        regions: tuple[Region, ...] = ()
         if self.calibration is not None and self.calibration.knows(category):
             p_value = self.calibration.p_value(category, score)
-            is_anomalous = p_value <= self.calibration.max_false_alarm
+            is_anomalous = self.calibration.is_anomalous(category, score)
             if is_anomalous:
                 regions = self.regions(
                     input_map, self.calibration.map_threshold(category), batch.original_size[i]
@@ -300,20 +322,47 @@ class Inspector:
         """
         values = input_map.numpy()
         peak = float(values.max())
-        level = map_threshold if peak > map_threshold else _PEAK_SHARE * peak
-        labels, _ = ndimage.label(values > level, structure=np.ones((3, 3)))
+        if peak > map_threshold:
+            inside = values > map_threshold
+        else:
+            inside = values >= min(_PEAK_SHARE * peak, peak)
+        labels, _ = ndimage.label(inside, structure=np.ones((3, 3)))
         found = []
         for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-            inside = values[rows, columns][labels[rows, columns] == label]
             box = (columns.start, rows.start, columns.stop, rows.stop)
-            found.append(
-                Region(self.transform.box_to_original(box, original_size), float(inside.max()))
-            )
+            highest = float(values[rows, columns][labels[rows, columns] == label].max())
+            found.append(Region(self.transform.box_to_original(box, original_size), highest))
         return tuple(sorted(found, key=lambda region: -region.score))
 
 
-def load_weights(detector: torch.nn.Module, state: dict[str, Tensor]) -> None:
-    """Fill a detector's own buffers and parameters; the frozen encoder's are not among them."""
+def picture_files(paths: Iterable[str | Path] | str | Path) -> Iterator[Path]:
+    """Files as they are, folders as the pictures below them.
+
+    A path that names neither is passed on, and so becomes a picture that cannot be read.
+
+    Raises:
+        InputError: a folder holds no picture.
+    """
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        path = Path(path)
+        if not path.is_dir():
+            yield path
+            continue
+        found = pictures_below(path)
+        if not found:
+            raise InputError(f"{shown(path)}: holds no picture; name another folder")
+        yield from found
+
+
+def load_weights(detector: torch.nn.Module, path: Path) -> None:
+    """Fill a detector's own buffers and parameters; the frozen encoder's are not among them.
+
+    Raises:
+        InputError: the file is missing, torn, or holds the weights of another detector.
+    """
+    state = read_weights(path)
+    if state.keys() != own_weights(detector).keys():
+        raise InputError(f"{path} holds the weights of another detector: fit the run again")
     for name, tensor in state.items():
         owner_name, _, last = name.rpartition(".")
         setattr(detector.get_submodule(owner_name), last, tensor)
@@ -334,38 +383,60 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=chosen).cpu()  # a device without memory cannot give it back
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device '{device}' is not available here: use auto or cpu") from error
     return chosen
 
 
+def require_at_least(least: float, **numbers: float | None) -> None:
+    """InputError naming the first of the numbers below `least`; None is not asked for."""
+    for name, number in numbers.items():
+        if number is not None and not number >= least:
+            raise InputError(f"{name} must be at least {least:g}, got {number:g}")
+
+
 def ignore_masks(
-    ignore: dict[str, np.ndarray],
+    ignore: Mapping[str, np.ndarray],
     categories: Sequence[str],
     category: Tensor,
-    batch: Batch,
+    original_sizes: Sequence[tuple[int, int]],
     transform: Transform,
 ) -> Tensor:
-    """(B, 1, h, w) bool: each category's mask, scaled to each picture and through its transform."""
-    size = (batch.image.shape[-2], batch.image.shape[-1])
+    """(B, 1, h, w) bool: each category's mask, scaled to each picture and through its transform.
+
+    Args:
+        ignore: (H', W') bool by category, of any size; a category may lack one.
+        category: (B,) index into `categories`.
+        original_sizes: (height, width) of each picture.
+    """
     masks = []
-    for index, original in zip(category.tolist(), batch.original_size, strict=True):
-        mask = ignore.get(categories[index])
-        if mask is None:
-            masks.append(torch.zeros(size, dtype=torch.bool))
-        else:
-            rows = np.arange(original[0]) * mask.shape[0] // original[0]
-            columns = np.arange(original[1]) * mask.shape[1] // original[1]
-            masks.append(transform.mask_to_input(mask[np.ix_(rows, columns)]))
+    for index, size in zip(category.tolist(), original_sizes, strict=True):
+        mask = ignore.get(categories[index], np.zeros((1, 1), dtype=bool))
+        rows = np.arange(size[0]) * mask.shape[0] // size[0]
+        columns = np.arange(size[1]) * mask.shape[1] // size[1]
+        masks.append(transform.mask_to_input(mask[np.ix_(rows, columns)]))
     return torch.stack(masks)[:, None]
 
 
-def _read_ignore(folder: Path, categories: Sequence[str]) -> dict[str, np.ndarray]:
-    if not folder.is_dir():
-        return {}
-    return {
-        name: read_image(folder / f"{name}.png")[..., 0] > 0
-        for name in categories
-        if (folder / f"{name}.png").is_file()
-    }
+def hide(image: Tensor, ignore: Tensor) -> Tensor:
+    """The image (B, 3, H, W) with grey where nobody should look (B, 1, H, W).
+
+    The network looks far beyond one patch: left as it is, what stands in the ignored region would
+    be felt around it.
+    """
+    return image.masked_fill(ignore, 0.5)
+
+
+def _read_ignore(run: Path, categories: Sequence[str]) -> dict[str, np.ndarray]:
+    files = {name: ignore_file(run, name) for name in categories}
+    return {name: read_image(path)[..., 0] > 0 for name, path in files.items() if path.is_file()}
+
+
+def _read_calibration(path: Path) -> Calibration | None:
+    if not path.is_file():
+        return None
+    try:
+        return Calibration.from_json(read_json(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: calibrate the run again, or remove it") from error

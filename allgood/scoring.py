@@ -11,8 +11,7 @@ from torch import Tensor
 
 
 def gaussian_smooth(anomaly_map: Tensor, sigma: float, *, truncate: float = 4.0) -> Tensor:
-    """Gaussian blur as SciPy's `gaussian_filter` computes it: separable, border reflected with its
-    edge.
+    """Gaussian blur as SciPy's `gaussian_filter` computes it: separable, mirrored at the border.
 
     Args:
         anomaly_map: (B, 1, H, W).
@@ -38,8 +37,7 @@ def gaussian_smooth(anomaly_map: Tensor, sigma: float, *, truncate: float = 4.0)
 
 
 def _reflected(index: Tensor, size: int) -> Tensor:
-    """Positions outside [0, size) mirrored back with the edge pixel repeated: d c b a | a b c d | d
-    c b a."""
+    """Positions outside [0, size) mirrored back, the edge repeated: c b a | a b c | c b a."""
     index = index.remainder(2 * size)
     return torch.where(index < size, index, 2 * size - 1 - index)
 

@@ -1,14 +1,14 @@
 """AnomalyDINO: cosine distance of every patch token to the nearest token of a few good images.
 
-Paper: Damm et al., "AnomalyDINO: Boosting Patch-based Few-shot Anomaly Detection with DINOv2", WACV
-2025. MVTec AD, one shot at 672 pixels: image AUROC 96.6. "AnomalDF" in CostFilter-AD.
+Paper: Damm et al., "AnomalyDINO: Boosting Patch-based Few-shot Anomaly Detection with DINOv2",
+WACV 2025. MVTec AD, one shot at 672 pixels: image AUROC 96.6. "AnomalDF" in CostFilter-AD.
 Kind: keeps a memory bank, learns nothing. Template: the nearest token of the bank.
 Left out: nothing of the method; the tables' few-shot protocol is `fit(..., shots=k)`.
 
-Letters: B images, C channels, h w patches, N = h * w, M bank rows, I images of a batch to judge
-together.
+Letters: B images, C channels, h w patches, N = h * w, M bank rows; I images judged together.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allgood.layers.categories import CategoryReferences, global_feature
-from allgood.layers.coreset import greedy_coreset
-from allgood.layers.nearest import nearest_distance
-from allgood.layers.patch_store import PatchStore
-from allgood.scoring import (
-    gaussian_smooth,
-    ignored_patches,
-    resize_map,
-    top_fraction_mean,
-    visible_rows,
+from allgood.encoders.tiled import Encoder
+from allgood.layers.categories import CategoryReferences
+from allgood.layers.memory_bank import (
+    choose_rows,
+    draw_images,
+    read_good_images,
+    rows_by_category,
+    search_bank,
 )
+from allgood.layers.patch_store import PatchStore
+from allgood.scoring import gaussian_smooth, ignored_patches, resize_map, top_fraction_mean
 from allgood.types import Batch, InputError, Match, Prediction
 
 MASKED_CATEGORIES = frozenset(
@@ -46,15 +46,13 @@ class AnomalyDINOConfig:
     """Keep only this many random good images per category (CostFilter-AD's N = 3); None: all
     given."""
     coreset_ratio: float = 1.0
-    """Share of the tokens the bank keeps; below 1 a greedy coreset, which the paper does not
-    have."""
+    """Share of the tokens the bank keeps; below 1 a greedy coreset, which is not in the paper."""
     num_neighbors: int = 1
     """K: a token's distance is the mean of its K smallest distances."""
     mask_background: Literal["listed", "off", "all"] = "listed"
     """Which categories' test images are masked: those of the authors' list, none, or all."""
     mask_threshold: float = 10.0
-    """On the first principal component of the tokens; tied to DINOv2 ViT-S/14 with its final
-    norm."""
+    """On the tokens' first principal component; fits DINOv2 ViT-S/14 behind its final norm."""
     morphology: Literal["grid", "raster"] = "grid"
     """`raster` reproduces the reference code, which dilates along the flattened row of patches."""
     top_fraction: float = 0.01
@@ -69,6 +67,8 @@ class AnomalyDINOConfig:
             raise InputError(f"coreset_ratio must be in (0, 1], got {self.coreset_ratio}")
         if self.num_neighbors < 1 or (self.templates is not None and self.templates < 1):
             raise InputError("num_neighbors and templates must be at least 1")
+        if self.sigma < 0:
+            raise InputError(f"sigma must not be negative, got {self.sigma}")
 
 
 class AnomalyDINO(nn.Module):
@@ -77,7 +77,7 @@ class AnomalyDINO(nn.Module):
     def __init__(
         self,
         config: AnomalyDINOConfig,
-        encoder: nn.Module,
+        encoder: Encoder,
         categories: tuple[str, ...],
         seed: int = 0,
     ) -> None:
@@ -102,39 +102,29 @@ class AnomalyDINO(nn.Module):
         """Read the good images (and their rotated copies) once; their tokens are the bank.
 
         Reference images are not masked: missing boundary tokens would cause false alarms.
+
+        Args:
+            batches: good images.
+            store: holds the tokens; batches it has already seen must not come again.
+            progress: called with (rows chosen, rows to choose), where a coreset is chosen.
         """
-        index = {name: i for i, name in enumerate(self.categories)}
-        for batch in batches:
-            levels = self.encoder(batch.image)
-            tokens = self.embed(levels)
-            rows = F.normalize(tokens, dim=1).flatten(2).transpose(1, 2)  # (B, N, C)
-            ignored = ignored_patches(batch.ignore, (tokens.shape[-2], tokens.shape[-1]))
-            store.add(
-                [sample.id for sample in batch.sample],
-                visible_rows(rows, ignored),
-                torch.tensor([index[sample.category] for sample in batch.sample]),
-                global_feature(levels),
-            )
+        read_good_images(
+            batches,
+            store,
+            self.categories,
+            self.encoder,
+            lambda levels: F.normalize(self.embed(levels), dim=1),
+        )
         self.references.fit(*store.global_features())
-        self.bank, self.bank_category = store.patches()
-        if self.config.coreset_ratio < 1:
-            picks = []
-            for i in range(len(self.categories)):
-                rows = (self.bank_category == i).nonzero().squeeze(1)
-                count = max(1, int(self.config.coreset_ratio * len(rows)))
-                picks.append(
-                    rows[
-                        greedy_coreset(
-                            self.bank[rows],
-                            count,
-                            progress=None
-                            if progress is None
-                            else lambda done, n=count: progress(done, n),
-                        )
-                    ]
-                )
-            chosen = torch.cat(picks)
-            self.bank, self.bank_category = self.bank[chosen], self.bank_category[chosen]
+        tokens, category = store.patches()
+        groups = rows_by_category(category, self.categories)
+        ratio = self.config.coreset_ratio * (store.seen_rows / len(tokens))
+        if self.config.templates is not None:
+            count = self.config.templates
+            groups = draw_images(groups, store.patch_images(), count, self.categories, self.seed)
+        chosen = choose_rows(tokens, groups, ratio, progress=progress)
+        self.bank = tokens[chosen].to(self.bank.device)
+        self.bank_category = category[chosen].to(self.bank.device)
 
     def match(self, image: Tensor, category: Tensor | None = None) -> Match:
         query, distance, nearest, _ = self._search(image, category)
@@ -162,8 +152,7 @@ class AnomalyDINO(nn.Module):
         return Prediction(anomaly_map, score, category)
 
     def embed(self, levels: list[Tensor]) -> Tensor:
-        """Tokens (B, C, h, w) of the last level; of a pyramid, all levels on the first one's
-        grid."""
+        """Tokens (B, C, h, w) of a ViT's level; several levels meet on the first one's grid."""
         grid = (levels[0].shape[-2], levels[0].shape[-1])
         if len(levels) == 1:
             return levels[0]
@@ -179,28 +168,20 @@ class AnomalyDINO(nn.Module):
         tokens = self.embed(levels)
         query = F.normalize(tokens, dim=1, eps=1e-12)
         batch, _, height, width = query.shape
-        rows = query.flatten(2).transpose(1, 2)  # (B, N, C)
-        k = self.config.num_neighbors
-        distance = rows.new_zeros(batch, height * width, k)
-        nearest = torch.zeros_like(distance, dtype=torch.int64)
-        for i in range(batch):
-            name = self.categories[int(category[i])]
-            visible = torch.ones(height * width, dtype=torch.bool, device=rows.device)
+        visible = torch.ones(batch, height, width, dtype=torch.bool, device=query.device)
+        for i, name in enumerate(self.categories[index] for index in category.tolist()):
             if self.config.mask_background == "all" or (
                 self.config.mask_background == "listed" and name in MASKED_CATEGORIES
             ):
-                visible = foreground_mask(
+                visible[i] = foreground_mask(
                     tokens[i], self.config.mask_threshold, morphology=self.config.morphology
-                ).flatten()
-            if self.config.bank == "shared":
-                squared, found = nearest_distance(rows[i][visible], self.bank, k=k)
-            else:
-                own = (self.bank_category == category[i]).nonzero().squeeze(1)
-                squared, found = nearest_distance(rows[i][visible], self.bank[own], k=k)
-                found = own[found]
-            distance[i, visible] = squared / 2  # of unit vectors: 1 - cosine
-            nearest[i, visible] = found
-        distance = distance.view(batch, 1, height, width, k).mean(dim=-1)
+                )
+        rows = query.flatten(2).transpose(1, 2)  # (B, N, C)
+        own = None if self.config.bank == "shared" else (category, self.bank_category)
+        k = self.config.num_neighbors
+        squared, nearest = search_bank(rows, self.bank, k, own=own, visible=visible.flatten(1))
+        # Of unit vectors, half the squared distance is 1 - cosine.
+        distance = squared.view(batch, 1, height, width, k).mean(dim=-1) / 2
         return query, distance, nearest.view(batch, height, width, k), category
 
 
@@ -272,17 +253,19 @@ def batched_zero_shot(
     if rank < 2:
         raise InputError(
             f"{images} images of {patches} patches are too few for a fraction of {fraction}: "
-            f"at least {int(2 / (fraction * patches)) + 2} images are needed"
+            f"at least {math.ceil(2 / (fraction * patches)) + 1} images are needed"
         )
     unit = F.normalize(tokens, dim=2, eps=1e-12)
-    scores = torch.zeros(images, patches)
+    image_of = torch.arange(images, device=tokens.device).repeat_interleave(patches)
+    scores = tokens.new_zeros(images, patches)
     for i in range(images):
-        others = torch.cat([unit[:i], unit[i + 1 :]]).flatten(0, 1)
-        smallest = torch.empty(patches, 0)
-        for part in others.split(chunk_size):
-            distance = torch.cat([smallest, 1 - unit[i] @ part.T], dim=1)
-            smallest = distance.topk(min(rank, distance.shape[1]), largest=False).values
-        limit = smallest[:, -1:]
-        below = smallest < limit
+        smallest = tokens.new_empty(patches, 0)
+        for part, image in zip(
+            unit.flatten(0, 1).split(chunk_size), image_of.split(chunk_size), strict=True
+        ):
+            distance = (1 - unit[i] @ part[image != i].T).clamp_(min=0)
+            smallest = torch.cat([smallest, distance], dim=1)
+            smallest = smallest.topk(min(rank, smallest.shape[1]), largest=False).values
+        below = smallest < smallest[:, -1:]
         scores[i] = (smallest * below).sum(dim=1) / below.sum(dim=1).clamp(min=1)
     return scores if foreground is None else scores * foreground

@@ -2,10 +2,9 @@
 
 Paper: Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022.
 WideResNet-50, MVTec AD, one model per category: image AUROC 99.2, pixel AUROC 98.1 (bank of 10 %).
-Kind: keeps a memory bank. Template: the nearest row of the bank. Left out: ensembles, the IVF-PQ
-index.
-Ours: one bank over all categories or one per category; patches as `balanced` features (see
-PatchCoreConfig).
+Kind: keeps a memory bank. Template: the nearest row of the bank.
+Left out: ensembles, the IVF-PQ index, the random projection before the coreset.
+Ours: one bank over all categories or one per category; `balanced` patches (see PatchCoreConfig).
 
 Letters: B images, L levels, C channels, h w patches, N = h * w, M bank rows.
 """
@@ -18,12 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allgood.layers.categories import CategoryReferences, global_feature
-from allgood.layers.coreset import greedy_coreset
+from allgood.encoders.tiled import Encoder
+from allgood.layers.categories import CategoryReferences
+from allgood.layers.memory_bank import (
+    choose_rows,
+    read_good_images,
+    rows_by_category,
+    search_bank,
+)
 from allgood.layers.nearest import nearest_distance
 from allgood.layers.patch_store import PatchStore
-from allgood.scoring import gaussian_smooth, ignored_patches, resize_map, visible_rows
+from allgood.scoring import gaussian_smooth, ignored_patches, resize_map
 from allgood.types import Batch, InputError, Match, Prediction
+
+_BY_DIFFERENCE = "donot_use_mm_for_euclid_dist"
+"""Distances without the expanded form, whose digits cancel where rows are near."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class PatchCoreConfig:
     """Share of all patches that the bank keeps."""
     coreset_start: Literal["approximate", "exact", "first"] = "approximate"
     """First pick: farthest on average from 10 rows (official default), the largest norm of its
-    distance row (needs M x M distances), or row 0."""
+    distance row (all distances to all), or row 0."""
     bank: Literal["shared", "per_category"] = "shared"
     """`per_category` compares an image with patches of its own category only."""
     num_neighbors: int = 1
@@ -57,6 +65,10 @@ class PatchCoreConfig:
             raise InputError(f"coreset_ratio must be in (0, 1], got {self.coreset_ratio}")
         if self.num_neighbors < 1:
             raise InputError(f"num_neighbors must be at least 1, got {self.num_neighbors}")
+        if min(self.pretrain_dim, self.target_dim) < 1:
+            raise InputError("pretrain_dim and target_dim must be at least 1")
+        if min(self.reweight, self.sigma) < 0:
+            raise InputError("reweight and sigma must not be negative")
         if self.reweight and self.image_score != "patch_max":
             raise InputError("reweight needs image_score=patch_max: it weighs the worst patch")
 
@@ -67,7 +79,7 @@ class PatchCore(nn.Module):
     def __init__(
         self,
         config: PatchCoreConfig,
-        encoder: nn.Module,
+        encoder: Encoder,
         categories: tuple[str, ...],
         seed: int = 0,
     ) -> None:
@@ -96,42 +108,17 @@ class PatchCore(nn.Module):
             store: holds the patches; batches it has already seen must not come again.
             progress: called with (rows chosen, rows to choose).
         """
-        index = {name: i for i, name in enumerate(self.categories)}
-        for batch in batches:
-            levels = self.encoder(batch.image)
-            patches = self.embed(levels)
-            size = (patches.shape[-2], patches.shape[-1])
-            rows = patches.flatten(2).transpose(1, 2)  # (B, N, C)
-            ignored = ignored_patches(batch.ignore, size)
-            store.add(
-                [sample.id for sample in batch.sample],
-                visible_rows(rows, ignored),
-                torch.tensor([index[sample.category] for sample in batch.sample]),
-                global_feature(levels),
-            )
+        read_good_images(batches, store, self.categories, self.encoder, self.embed)
         self.references.fit(*store.global_features())
         patches, category = store.patches()
-        groups = (
-            [category == i for i in range(len(self.categories))]
-            if self.config.bank == "per_category"
-            else [torch.ones_like(category, dtype=torch.bool)]
-        )
+        groups = rows_by_category(category, self.categories)
+        if self.config.bank == "shared":
+            groups = [torch.arange(len(patches))]
         # The ratio is of the patches seen, not of those that the memory budget let stay.
-        share = self.config.coreset_ratio * store.seen_rows / max(1, len(patches))
-        picks = []
-        for group in groups:
-            rows = group.nonzero().squeeze(1)
-            count = min(len(rows), max(1, int(share * len(rows))))
-            features = patches if len(rows) == len(patches) else patches[rows]
-            chosen = greedy_coreset(
-                features,
-                count,
-                start=self._start(features),
-                progress=None if progress is None else lambda done, n=count: progress(done, n),
-            )
-            picks.append(rows[chosen])
-        chosen = torch.cat(picks)
-        self.bank, self.bank_category = patches[chosen].clone(), category[chosen].clone()
+        ratio = self.config.coreset_ratio * (store.seen_rows / len(patches))
+        chosen = choose_rows(patches, groups, ratio, start=self._start, progress=progress)
+        self.bank = patches[chosen].to(self.bank.device)
+        self.bank_category = category[chosen].to(self.bank.device)
 
     def match(self, image: Tensor, category: Tensor | None = None) -> Match:
         query, distance, nearest, _ = self._search(image, category)
@@ -160,7 +147,7 @@ class PatchCore(nn.Module):
         else:
             score = distance.flatten(1).amax(dim=1)
             if self.config.reweight:
-                score = self._reweighted(query, distance, nearest)
+                score = self._reweighted(query, distance, nearest, category)
         return Prediction(resize_map(anomaly_map, map_size or size), score, category)
 
     def embed(self, levels: list[Tensor]) -> Tensor:
@@ -193,35 +180,32 @@ class PatchCore(nn.Module):
         query = self.embed(levels)
         batch, _, height, width = query.shape
         rows = query.flatten(2).transpose(1, 2)  # (B, N, C)
+        own = None if self.config.bank == "shared" else (category, self.bank_category)
         k = self.config.num_neighbors
-        if self.config.bank == "shared":
-            distance, nearest = nearest_distance(rows.flatten(0, 1), self.bank, k=k)
-        else:
-            distance = rows.new_empty(batch, height * width, k)
-            nearest = torch.empty_like(distance, dtype=torch.int64)
-            for index in category.unique().tolist():
-                mine = (category == index).nonzero().squeeze(1)
-                own = (self.bank_category == index).nonzero().squeeze(1)
-                found, row = nearest_distance(rows[mine].flatten(0, 1), self.bank[own], k=k)
-                distance[mine] = found.view(len(mine), -1, k)
-                nearest[mine] = own[row].view(len(mine), -1, k)
+        distance, nearest = search_bank(rows, self.bank, k, own=own)
         distance = distance.view(batch, 1, height, width, k).mean(dim=-1)
         return query, distance, nearest.view(batch, height, width, k), category
 
-    def _reweighted(self, query: Tensor, distance: Tensor, nearest: Tensor) -> Tensor:
-        """Eq. 6 and 7: the worst patch's distance, less where its nearest row is a common sight."""
+    def _reweighted(
+        self, query: Tensor, distance: Tensor, nearest: Tensor, category: Tensor
+    ) -> Tensor:
+        """Eq. 6 and 7: the worst patch's distance, less where its nearest row is a common sight.
+
+        s = (1 - exp ||q - m*|| / sum over the b nearest rows m of m*: exp ||q - m||) ||q - m*||
+        """
         scores = []
-        for features, patches, rows in zip(
-            query.flatten(2), distance.flatten(1), nearest[..., 0], strict=True
+        for features, patches, rows, index in zip(
+            query.flatten(2), distance.flatten(1), nearest[..., 0].flatten(1), category, strict=True
         ):
             worst = int(patches.argmax())
-            patch, row = features[:, worst], self.bank[rows.flatten()[worst]]
-            count = min(self.config.reweight, len(self.bank))
-            _, around = nearest_distance(row[None], self.bank, k=count)  # the row itself first
-            spread = (self.bank[around[0]] - patch).square().sum(dim=1).sqrt()
-            weight = 1 - torch.softmax(spread, dim=0)[0]
+            patch, row = features[:, worst], self.bank[rows[worst]]  # q, m*
+            shared = self.config.bank == "shared"
+            bank = self.bank if shared else self.bank[self.bank_category == index]
+            count = min(self.config.reweight, len(bank))
+            _, around = nearest_distance(row[None], bank, k=count)  # the row itself first
+            spread = (bank[around[0]] - patch).square().sum(dim=1).sqrt()
             own = patches[worst].sqrt()
-            scores.append(own * weight if count > 1 else own)
+            scores.append(own * (1 - torch.softmax(spread, dim=0)[0]) if count > 1 else own)
         return torch.stack(scores)
 
 
@@ -245,12 +229,16 @@ def official_embedding(levels: list[Tensor], pretrain_dim: int, target_dim: int)
 
 
 def approximate_start(features: Tensor, anchors: Tensor) -> Tensor:
-    """(M,) mean distance of each row to the anchor rows: the official approximate sampler's
-    start."""
-    return torch.cdist(features, features[anchors]).mean(dim=1)
+    """(M,) mean distance of each row to the anchors: where the official approximate sampler starts.
+
+    Args:
+        features: (M, C).
+        anchors: (A,) int64, rows of the features; they are not picked for that.
+    """
+    return torch.cdist(features, features[anchors], compute_mode=_BY_DIFFERENCE).mean(dim=1)
 
 
 def exact_start(features: Tensor) -> Tensor:
-    """(M,) L2 norm of each row's distances to all rows: the official exact sampler's start."""
+    """(M,) L2 norm of each row's distances to all rows: where the official exact sampler starts."""
     parts = features.split(1024)
     return torch.cat([torch.cdist(part, features).norm(dim=1) for part in parts])

@@ -1,5 +1,4 @@
-"""A timm backbone that never trains, is never saved with a model, and runs only as far as it is
-read.
+"""A timm backbone that never trains, is not saved with a model, and runs only as far as it is read.
 
 Letters: B images, C channels, H W pixels, h w patches.
 """
@@ -7,6 +6,7 @@ Letters: B images, C channels, H W pixels, h w patches.
 import difflib
 import hashlib
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from allgood.encoders import lite0
@@ -56,20 +57,27 @@ class FrozenEncoder(nn.Module):
         channels: C of each level.
         strides: input pixels per patch of each level.
         multiple: input height and width should be multiples of this.
+        is_vit: one stride throughout, and so nothing but whole patches.
         digest: 16 hex digits of the weights in use; a run keeps it, so that its memory bank is
-            never
-            compared with features of other weights.
+            never compared with features of other weights.
     """
 
     def __init__(self, config: EncoderConfig = EncoderConfig()) -> None:
         super().__init__()
         self.config = config
-        self.backbone = _create(config)
+        self.mean: Tensor
+        self.std: Tensor
+        # Weights are drawn and then overwritten; neither moves the generator of the caller.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            self.backbone: Any = _create(config)
+        if not hasattr(self.backbone, "prune_intermediate_layers"):
+            raise InputError(f"encoder '{config.name}' has no levels that could be read: {_LISTED}")
         info = self.backbone.feature_info
         self.levels = _checked_levels(config, info)
         self.channels = tuple(_field(info[i], "num_chs") for i in self.levels)
         self.strides = tuple(_field(info[i], "reduction") for i in self.levels)
-        self.is_vit = hasattr(self.backbone, "pos_embed") and hasattr(self.backbone, "blocks")
+        self.is_vit = len({_field(level, "reduction") for level in info}) == 1
         self.multiple = self.strides[-1] if self.is_vit else 32
         mean, std = (
             (lite0.MEAN, lite0.STD)
@@ -92,8 +100,7 @@ class FrozenEncoder(nn.Module):
             self._native_position = self.backbone.pos_embed.detach().clone()
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
-        """Stay in evaluation mode whatever is asked: batch-norm statistics are part of the
-        features."""
+        """Stay in evaluation mode: batch-norm statistics are part of the features."""
         return super().train(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -103,11 +110,11 @@ class FrozenEncoder(nn.Module):
             image: (B, 3, H, W) float in [0, 1].
 
         Returns:
-            One (B, C, h, w) per level, shallow first; h = ceil(H / stride) for pyramids, H // patch
-            size for ViTs.
+            One (B, C, h, w) per level, shallow first; h = ceil(H / stride) for most pyramids,
+            H // patch size for ViTs.
 
         Raises:
-            InputError: the image is too small for one patch.
+            InputError: an image size that this backbone does not take.
         """
         if min(image.shape[-2:]) < max(self.strides):
             raise InputError(
@@ -124,14 +131,23 @@ class FrozenEncoder(nn.Module):
             patch = self.strides[-1]
             self._set_position_embedding(image.shape[-2] // patch, image.shape[-1] // patch)
         normalised = (image - self.mean) / self.std
-        with torch.no_grad():
-            return self.backbone.forward_intermediates(
-                normalised.contiguous(memory_format=torch.channels_last),
-                indices=list(self.levels),
-                norm=self.config.norm,
-                stop_early=True,
-                intermediates_only=True,
-            )
+        try:
+            with torch.no_grad():
+                return self.backbone.forward_intermediates(
+                    normalised.contiguous(memory_format=torch.channels_last),
+                    indices=list(self.levels),
+                    norm=self.config.norm,
+                    stop_early=True,
+                    intermediates_only=True,
+                )
+        except (AssertionError, RuntimeError) as error:
+            native = tuple(self.backbone.pretrained_cfg["input_size"][1:])
+            if isinstance(error, torch.OutOfMemoryError) or tuple(image.shape[-2:]) == native:
+                raise
+            raise InputError(
+                f"{self.config.name} cannot read images of {image.shape[-2]} x {image.shape[-1]} "
+                f"pixels ({_reason(error)}): it was made for {native[0]} x {native[1]}"
+            ) from error
 
     def _set_position_embedding(self, height: int, width: int) -> None:
         native = self._native_position
@@ -172,25 +188,31 @@ def dinov2_position_embedding(
     return torch.cat([prefix, resized.permute(0, 2, 3, 1).reshape(1, height * width, -1)], dim=1)
 
 
-def _create(config: EncoderConfig) -> nn.Module:
+_LISTED = "`allgood list encoders` names those we recommend"
+
+
+def _create(config: EncoderConfig) -> Any:
     """The backbone with its weights, still whole."""
     name = lite0.ARCHITECTURE if config.name == EMBEDDED else config.name
-    if not timm.is_model(name.split(".")[0]):
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
         known = [EMBEDDED, *timm.list_models()]
         close = difflib.get_close_matches(config.name, known, n=1, cutoff=0.4)
         raise InputError(
             f"unknown encoder '{config.name}'"
-            + (f"; did you mean '{close[0]}'?" if close else "")
-            + " Any timm backbone works: `allgood list encoders` names the recommended ones"
+            + (f"; did you mean '{close[0]}'?" if close else ";")
+            + f" {_LISTED}"
+        )
+    if tag and name not in timm.list_pretrained(f"{architecture}.*"):
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+        raise InputError(
+            f"encoder '{architecture}' has no weights tagged '{tag}'; known: {', '.join(tags)}"
         )
     if config.weights == "random":
-        # Seeded by nothing but the architecture: two processes build the same random network.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return _timm_model(name, pretrained=False)
+        return _timm_model(name)
     if config.weights == "pretrained":
         if config.name == EMBEDDED:
-            backbone = _timm_model(name, pretrained=False)
+            backbone = _timm_model(name)
             state = lite0.load_state()
             features = {k: v for k, v in state.items() if not k.startswith("classifier")}
             backbone.load_state_dict(features)
@@ -200,8 +222,8 @@ def _create(config: EncoderConfig) -> nn.Module:
         except Exception as error:  # the hub's client raises a zoo of its own
             raise InputError(
                 f"the weights of encoder '{config.name}' could not be fetched "
-                f"({type(error).__name__}): give a local file with --weights FILE, use the embedded "
-                f"'{EMBEDDED}', or ask for --weights random if you mean it"
+                f"({type(error).__name__}): give a local file with --weights FILE, "
+                f"use the embedded '{EMBEDDED}', or ask for --weights random if you mean it"
             ) from error
     path = Path(config.weights)
     if not path.is_file():
@@ -209,27 +231,56 @@ def _create(config: EncoderConfig) -> nn.Module:
             f"weights '{config.weights}' is neither 'pretrained', 'random' nor a file that exists"
         )
     try:
-        return _timm_model(
-            name,
-            pretrained=True,
-            pretrained_cfg_overlay={"file": os.fspath(path), "hf_hub_id": None},
-        )
-    except Exception as error:
+        return _with_weights_of(name, path)
+    except Exception as error:  # torch, safetensors and timm each have their own
         raise InputError(
-            f"{path} does not hold the weights of encoder '{config.name}': {str(error).splitlines()[0]}"
+            f"{path} does not hold the weights of encoder '{config.name}': {_reason(error)}"
         ) from error
 
 
-def _timm_model(name: str, **kwargs: Any) -> nn.Module:
+def _with_weights_of(name: str, path: Path) -> nn.Module:
+    """The backbone with a file's weights, every one of them: timm alone would leave out silently.
+
+    The file is as timm or the architecture's authors save it, with any classifier or none.
+    """
+    # A pickle is read for its tensors only: it runs no code.
+    state = load_state_dict(os.fspath(path), weights_only=True)
+    if not state:
+        raise ValueError("the file is empty")
+    source = {"state_dict": state, "custom_load": False}
+    try:
+        # With the classifier of the published weights timm loads strictly.
+        return _timm_model(name, num_classes=None, pretrained=True, pretrained_cfg_overlay=source)
+    except RuntimeError:
+        published = timm.get_pretrained_cfg(name)
+        head = (published.classifier if published else None) or ()
+        names = (head,) if isinstance(head, str) else tuple(head)
+        source["state_dict"] = {
+            key: value for key, value in state.items() if key.rpartition(".")[0] not in names
+        }
+        source |= {"num_classes": 0, "label_offset": 0}  # nothing is left out, so strictly again
+        return _timm_model(name, pretrained=True, pretrained_cfg_overlay=source)
+
+
+def _timm_model(name: str, *, num_classes: int | None = 0, **kwargs: Any) -> nn.Module:
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
     if _is_dinov2(name):
         # We set the position embedding ourselves, see `_set_position_embedding`.
-        backbone = timm.create_model(name, num_classes=0, **kwargs)
+        backbone: Any = timm.create_model(name, **kwargs)
         backbone.patch_embed.strict_img_size = False
         return backbone
     try:
-        return timm.create_model(name, num_classes=0, dynamic_img_size=True, **kwargs)
+        return timm.create_model(name, dynamic_img_size=True, **kwargs)
     except TypeError:  # not a ViT: takes any size by itself, or refuses in forward()
-        return timm.create_model(name, num_classes=0, **kwargs)
+        return timm.create_model(name, **kwargs)
+
+
+def _reason(error: Exception) -> str:
+    """The first thing an error says, on one line and without its full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = next((line for line in lines if not line.endswith(":")), type(error).__name__)
+    return textwrap.shorten(first.split(". ")[0].rstrip("."), 160, placeholder=" ...")
 
 
 def _is_dinov2(name: str) -> bool:
@@ -240,12 +291,13 @@ def _checked_levels(config: EncoderConfig, info: Sequence[Mapping[str, Any]]) ->
     levels = config.levels
     if levels is None:
         levels = tuple(i for i, level in enumerate(info) if _field(level, "reduction") in (8, 16))
-        if len({_field(info[i], "reduction") for i in levels}) < 2:  # a ViT: one stride throughout
+        if len({_field(info[i], "reduction") for i in levels}) < 2:  # a ViT, or an odd pyramid
             levels = (len(info) - 1,)
     for level in levels:
         if not 0 <= level < len(info):
             raise InputError(
-                f"encoder '{config.name}' has levels 0 to {len(info) - 1}, but level {level} was asked for"
+                f"encoder '{config.name}' has levels 0 to {len(info) - 1}, "
+                f"but level {level} was asked for"
             )
     if list(levels) != sorted(set(levels)) or not levels:
         raise InputError(f"levels must ascend without repeats, got {list(levels)}")

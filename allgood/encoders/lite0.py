@@ -66,8 +66,7 @@ def load_state() -> dict[str, Tensor]:
 
 
 def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a state dict of the original EfficientNet-Lite0 to timm's names; no tensor is
-    changed."""
+    """An original EfficientNet-Lite0 state dict under timm's names; no tensor is changed."""
     stage_of = [(stage, index) for stage, count in enumerate(REPEATS) for index in range(count)]
     renamed = {}
     for name, tensor in state.items():

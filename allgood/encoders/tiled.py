@@ -1,5 +1,4 @@
-"""A large image read tile by tile, so that neither memory nor a ViT's position embedding is
-stretched.
+"""A large image read tile by tile: within the memory, and at the size a ViT was trained for.
 
 Letters: B images, C channels, H W pixels, h w patches.
 """
@@ -19,20 +18,25 @@ class TiledEncoder(nn.Module):
     """
 
     def __init__(self, encoder: FrozenEncoder, tile: int, margin: int | None = None) -> None:
-        """Args:
-        tile: side of a square tile in pixels, a multiple of the encoder's `multiple`.
-        margin: pixels dropped at cut edges; None: an eighth of the tile, rounded to `multiple`.
+        """Read through `encoder`.
+
+        Args:
+            tile: side of a square tile in pixels, a multiple of the encoder's `multiple`.
+            margin: pixels dropped at cut edges; None: an eighth of the tile, rounded to `multiple`.
+
+        Raises:
+            InputError: a tile or margin that the encoder's grid does not allow.
         """
         super().__init__()
         unit = encoder.multiple
-        if tile % unit or tile < 2 * unit:
+        if tile % unit or tile < 3 * unit:  # a margin, what is kept, a margin
             raise InputError(
-                f"tile must be a multiple of {unit} and at least {2 * unit}, got {tile}"
+                f"tile must be a multiple of {unit} and at least {3 * unit}, got {tile}"
             )
         self.encoder = encoder
         self.tile = tile
         self.margin = max(1, round(tile / 8 / unit)) * unit if margin is None else margin
-        if self.margin % unit or 2 * self.margin >= tile:
+        if self.margin % unit or not 0 <= 2 * self.margin < tile:
             raise InputError(
                 f"margin must be a multiple of {unit} below half a tile, got {self.margin}"
             )
@@ -74,14 +78,13 @@ class TiledEncoder(nn.Module):
             return [(0, 0, length)]
         step = self.tile - 2 * self.margin
         begins = [*range(0, length - self.tile, step), length - self.tile]
-        cuts = []
-        for i, begin in enumerate(begins):
-            first = 0 if i == 0 else cuts[-1][2]
-            last = length if begin == begins[-1] else begin + self.tile - self.margin
-            cuts.append((begin, first, last))
-        return cuts
+        lasts = [begin + self.tile - self.margin for begin in begins[:-1]] + [length]
+        return list(zip(begins, [0, *lasts[:-1]], lasts, strict=True))
 
 
-def tiled(encoder: FrozenEncoder, tile: int | None) -> nn.Module:
+Encoder = FrozenEncoder | TiledEncoder
+
+
+def tiled(encoder: FrozenEncoder, tile: int | None) -> Encoder:
     """The encoder itself, or in tiles where a tile size is given."""
     return encoder if tile is None else TiledEncoder(encoder, tile)

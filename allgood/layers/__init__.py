@@ -1,2 +1,2 @@
-"""Parts that two or more methods share: greedy coreset, nearest-neighbour search, the store of
-patches."""
+"""Parts that two or more methods share: the memory bank, its coreset and search, the store of
+patches, and the guess of an image's category."""

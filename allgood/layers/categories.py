@@ -40,10 +40,12 @@ class CategoryReferences(nn.Module):
         kept = []
         for index in range(self.num_categories):
             rows = (category == index).nonzero().squeeze(1)
-            picks = greedy_coreset(features[rows], min(REFERENCES, len(rows)))
-            kept.append(rows[picks])
+            if len(rows) > REFERENCES:
+                rows = rows[greedy_coreset(features[rows], REFERENCES)]
+            kept.append(rows)
         chosen = torch.cat(kept)
-        self.features, self.category = features[chosen].clone(), category[chosen].clone()
+        device = self.features.device
+        self.features, self.category = features[chosen].to(device), category[chosen].to(device)
 
     def infer(self, levels: list[Tensor]) -> Tensor:
         """(B,) int64: the category whose reference image is nearest."""

@@ -1,12 +1,13 @@
-"""Greedy coreset: the farthest-point order of PatchCore (minimax facility location), without the
-waste.
+"""Greedy coreset: the farthest-point order of PatchCore (minimax facility location), but faster.
 
-The plain algorithm keeps for each row its distance to the nearest selected row, and recomputes one
-distance row per step: count x M distances, each step limited by memory bandwidth. But those
-distances only ever fall, so an old one is an upper bound, and a row whose bound is below the
+The plain algorithm keeps for each row its distance to the nearest selected row, and computes one
+more row of distances per step: count x M distances, each step limited by memory bandwidth. But
+those distances only ever fall, so an old one is an upper bound, and a row whose bound is below the
 current farthest distance cannot be the next pick. We therefore bring up to date only the rows that
 could be picked, many of them against many selected rows at once: one matrix product instead of many
 passes over the features. The picks are those of the plain algorithm.
+
+Letters: M rows, C channels.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from allgood.layers.nearest import nearest_distance
+
 _ACTIVE = 1024
 """Rows that compete for the next picks; small enough to stay in cache."""
-_PICKED = -1.0
 _CENTRES = 256
 """Selected rows per matrix product; bounds the distances computed but not needed."""
+_PART = 8192
+"""Rows copied at a time."""
+_PICKED = -1.0
+"""Bound of a row that is picked: below every distance."""
 
 
 def greedy_coreset(
@@ -46,18 +52,13 @@ def greedy_coreset(
         of n rows.
 
     Raises:
-        ValueError: count is out of range.
+        ValueError: count is out of range, or a number is not finite.
     """
     total = len(features)
     if not 1 <= count <= total:
         raise ValueError(f"count must be in [1, {total}], got {count}")
-    squares = features.square().sum(dim=1)
-    if start is None:
-        bound = torch.full_like(squares, torch.finfo(squares.dtype).max)
-        bound[0] = torch.inf
-    else:
-        bound = start.to(squares).square()
-    selection = _Selection(features, squares, bound, count)
+    selection = _Selection(features, start, count)
+    bound = selection.bound
     refresh = _ACTIVE
     while selection.size < count:
         floor = _floor_of_top(bound, refresh)
@@ -77,11 +78,22 @@ def greedy_coreset(
 class _Selection:
     """What is picked so far, and how old each row's bound is."""
 
-    def __init__(self, features: Tensor, squares: Tensor, bound: Tensor, count: int) -> None:
+    def __init__(self, features: Tensor, start: Tensor | None, count: int) -> None:
         self.features = features
-        self.squares = squares
+        # Distances do not change when the origin moves, but their expanded form is most exact
+        # where norms are small. Subtracted from the rows read, so that there is no second copy.
+        self.mean = features.mean(dim=0)
+        self.squares = torch.cat(
+            [(part - self.mean).square().sum(dim=1) for part in features.split(_PART)]
+        )
         # (M,) squared distance to the nearest of the first `age` picks; of a pick itself, _PICKED
-        self.bound = bound
+        if start is None:
+            self.bound = torch.full_like(self.squares, torch.finfo(self.squares.dtype).max)
+            self.bound[0] = torch.inf
+        else:
+            self.bound = start.to(self.squares).square()
+        if not (self.squares.isfinite().all() and (start is None or start.isfinite().all())):
+            raise ValueError("features and start must be finite")
         self.age = torch.zeros(len(features), dtype=torch.int32, device=features.device)
         self.picks = torch.empty(count, dtype=torch.int64, device=features.device)
         self.centres = features.new_empty(count, features.shape[1])
@@ -94,10 +106,10 @@ class _Selection:
         first = int(age.min()) if len(rows) else self.size
         for begin in range(first - first % _CENTRES, self.size, _CENTRES):
             end = min(begin + _CENTRES, self.size)
-            for part in rows[age < end].split(8192):
+            for part in rows[age < end].split(_PART):
                 distance = torch.addmm(
                     self.centre_squares[begin:end],
-                    self.features[part],
+                    self.features[part] - self.mean,
                     self.centres[begin:end].T,
                     alpha=-2,
                 ).amin(dim=1)
@@ -118,7 +130,7 @@ class _Selection:
             keep = bound.topk(_ACTIVE).indices.sort().values
             limit = max(floor, float(bound[keep].min()))
             rows, bound = rows[keep], bound[keep]
-        features, squares = self.features[rows], self.squares[rows]
+        features, squares = self.features[rows] - self.mean, self.squares[rows]
         between = torch.addmm(squares, features, features.T, alpha=-2).add_(squares[:, None])
         begin = self.size
         order = _farthest_order(
@@ -167,10 +179,7 @@ def _floor_of_top(values: Tensor, count: int) -> float:
     return float(sample.topk(keep).values[-1])
 
 
-def covering_radius(features: Tensor, picks: Tensor, *, chunk_size: int = 4096) -> float:
-    """Largest distance of a row to its nearest picked row: what the greedy selection keeps
-    small."""
-    centres = features[picks]
-    return max(
-        float(torch.cdist(part, centres).amin(dim=1).max()) for part in features.split(chunk_size)
-    )
+def covering_radius(features: Tensor, picks: Tensor) -> float:
+    """Largest distance of a row to its nearest picked row; greedy selection keeps it small."""
+    squared, _ = nearest_distance(features, features[picks], engine="torch")
+    return float(squared.max().sqrt())

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from allgood.types import InputError
+
 _QUERY_BLOCK = 1024
 _BANK_BLOCK = 4096
-"""One block of distances is 16 MB: large enough for a fast matrix product, small enough to stay
-near."""
+"""One block of distances is 16 MB: enough for a fast matrix product, and still near the core."""
 _FAISS_BELOW = 5_000_000
 """FAISS wins on few distances (query rows x bank rows), the blocked product on many; measured by
 benchmarks/bench_nearest.py."""
@@ -36,13 +37,14 @@ def nearest_distance(
         query: (N, C) float32.
         bank: (M, C) float32, M >= k, on the query's device.
         k: number of neighbours.
-        engine: `faiss` needs the package and CPU tensors; `auto` takes it where it is faster.
+        engine: `faiss` needs the package and CPU tensors; `auto` takes it where there and faster.
 
     Returns:
         distances (N, k) float32 >= 0, ascending, and the bank rows' indices (N, k) int64.
 
     Raises:
         ValueError: the bank has fewer than k rows, or other channels than the query.
+        InputError: faiss was asked for and is not installed.
     """
     if len(bank) < k:
         raise ValueError(
@@ -55,6 +57,8 @@ def nearest_distance(
         )
     small = len(query) * len(bank) <= _FAISS_BELOW and query.device.type == "cpu"
     faiss = _faiss() if engine == "faiss" or (engine == "auto" and small) else None
+    if faiss is None and engine == "faiss":
+        raise InputError("faiss is not installed: pip install faiss-cpu")
     if faiss is not None:
         _, index = faiss.knn(query.numpy(), bank.numpy(), k)
         nearest = torch.from_numpy(index)
@@ -90,7 +94,8 @@ def _nearest_rows(query: Tensor, bank: Tensor, squares: Tensor, k: int) -> Tenso
         if best is None:
             best, rows = values, index
         else:
-            best, keep = torch.cat([best, values], dim=1).topk(k, dim=1, largest=False)
+            both = torch.cat([best, values], dim=1)
+            best, keep = both.topk(min(k, both.shape[1]), dim=1, largest=False)
             rows = torch.cat([rows, index], dim=1).gather(1, keep)
     return rows
 

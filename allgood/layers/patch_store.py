@@ -1,5 +1,4 @@
-"""Patch features of the good images on disk, within a memory budget, surviving a kill at any
-moment.
+"""Patch features of the good images on disk: within a memory budget, and proof against a kill.
 
 A memory bank is chosen from all patches of all good images, and these may not fit into memory. The
 budget and the number of images are known beforehand, so each image may keep the same number of
@@ -9,6 +8,7 @@ depends neither on the order of the images nor on where an earlier run was kille
 Letters: B images, N patches per image, C channels, G length of the global feature, R rows.
 """
 
+import hashlib
 import json
 import os
 import zlib
@@ -21,6 +21,15 @@ from torch import Tensor
 
 from allgood.types import Failure
 
+_DTYPE = {
+    "patches": np.float32,  # (R, C)
+    "patch_category": np.int64,  # (R, 1)
+    "patch_image": np.int64,  # (R, 1), a hash of the image's id
+    "global_feature": np.float32,  # (images, G)
+    "image_category": np.int64,  # (images, 1)
+}
+"""What stands in each file, row after row."""
+
 
 class PatchStore:
     """Append-only files of rows, and a JSON file that says how much of them counts.
@@ -28,6 +37,7 @@ class PatchStore:
     Attributes:
         position: how many of the list's pictures are behind us, the unreadable ones included.
         failures: the unreadable ones among them.
+        seen_rows: patches that were added, those that the budget left out included.
     """
 
     def __init__(
@@ -82,10 +92,11 @@ class PatchStore:
             if len(rows) > limit:
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}:{id}".encode()))
                 rows = rows[torch.randperm(len(rows), generator=generator)[:limit].sort().values]
-            self._append("patches", rows.cpu().numpy().astype(np.float32, copy=False))
-            self._append("patch_category", np.full((len(rows), 1), index, dtype=np.float32))
-        self._append("global_feature", global_feature.cpu().numpy().astype(np.float32, copy=False))
-        self._append("image_category", category.cpu().numpy().astype(np.float32)[:, None])
+            self._append("patches", rows.cpu().numpy())
+            self._append("patch_category", np.full((len(rows), 1), index))
+            self._append("patch_image", np.full((len(rows), 1), _key(id)))
+        self._append("global_feature", global_feature.cpu().numpy())
+        self._append("image_category", category.cpu().numpy()[:, None])
 
     def commit(self, position: int, failures: Sequence[Failure]) -> None:
         """All that was added counts from now on, whenever the run is killed."""
@@ -103,24 +114,36 @@ class PatchStore:
 
     def patches(self) -> tuple[Tensor, Tensor]:
         """All rows (R, C) float32 and their categories (R,) int64, in the order they were added."""
-        return self._read("patches"), self._read("patch_category").squeeze(1).long()
+        return self._read("patches"), self._read("patch_category").squeeze(1)
+
+    def patch_images(self) -> Tensor:
+        """(R,) int64: rows with the same number come from images with the same id."""
+        return self._read("patch_image").squeeze(1)
 
     def global_features(self) -> tuple[Tensor, Tensor]:
         """(images, G) float32 and the images' categories (images,) int64."""
-        return self._read("global_feature"), self._read("image_category").squeeze(1).long()
+        return self._read("global_feature"), self._read("image_category").squeeze(1)
 
     def _append(self, name: str, rows: np.ndarray) -> None:
+        rows = np.ascontiguousarray(rows, dtype=_DTYPE[name])
         begin = self._committed.get(name, 0)
         self._columns[name] = rows.shape[1]
-        path = self.folder / f"{name}.f32"
+        path = self._file(name)
         with path.open("r+b" if path.exists() else "w+b") as file:
             file.seek(begin)  # over whatever a killed run wrote and did not commit
-            file.write(np.ascontiguousarray(rows).data)
+            file.write(rows.tobytes())
         self._committed[name] = begin + rows.nbytes
 
     def _read(self, name: str) -> Tensor:
-        if name not in self._committed:
-            return torch.empty(0, 1)
-        count = self._committed[name] // 4
-        numbers = np.fromfile(self.folder / f"{name}.f32", dtype=np.float32, count=count)
-        return torch.from_numpy(numbers).view(-1, self._columns[name])
+        dtype = np.dtype(_DTYPE[name])
+        count = self._committed.get(name, 0) // dtype.itemsize
+        numbers = np.fromfile(self._file(name), dtype, count) if count else np.empty(0, dtype)
+        return torch.from_numpy(numbers).view(-1, self._columns.get(name, 1))
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.{np.dtype(_DTYPE[name])}"
+
+
+def _key(id: str) -> int:
+    """63 bits of an image's id, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big") >> 1

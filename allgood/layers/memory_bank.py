@@ -1,0 +1,158 @@
+"""What the methods with a memory bank have in common: read the good images, choose rows, search.
+
+Letters: B images, C channels, h w patches, N = h * w, R rows of the store, M bank rows,
+k neighbours.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from allgood.layers.categories import global_feature
+from allgood.layers.coreset import greedy_coreset
+from allgood.layers.nearest import nearest_distance
+from allgood.layers.patch_store import PatchStore
+from allgood.scoring import ignored_patches, visible_rows
+from allgood.types import Batch, InputError
+
+
+def read_good_images(
+    batches: Iterable[Batch],
+    store: PatchStore,
+    categories: Sequence[str],
+    encoder: nn.Module,
+    embed: Callable[[list[Tensor]], Tensor],
+) -> None:
+    """Put every visible patch of the batches, and each image's global feature, into the store.
+
+    Args:
+        embed: levels -> (B, C, h, w), one vector per patch.
+    """
+    index = {name: i for i, name in enumerate(categories)}
+    for batch in batches:
+        levels = encoder(batch.image)
+        patches = embed(levels)
+        ignored = ignored_patches(batch.ignore, (patches.shape[-2], patches.shape[-1]))
+        store.add(
+            [sample.id for sample in batch.sample],
+            visible_rows(patches.flatten(2).transpose(1, 2), ignored),
+            torch.tensor([index[sample.category] for sample in batch.sample]),
+            global_feature(levels),
+        )
+
+
+def rows_by_category(category: Tensor, categories: Sequence[str]) -> list[Tensor]:
+    """Where each category's rows stand in (R,) `category`.
+
+    Raises:
+        InputError: a category has none.
+    """
+    groups = [(category == i).nonzero().squeeze(1) for i in range(len(categories))]
+    for name, rows in zip(categories, groups, strict=True):
+        if len(rows) == 0:
+            raise InputError(
+                f"category '{name}' left nothing to learn from: none of its good pictures "
+                "could be read, or all of their area is ignored"
+            )
+    return groups
+
+
+def draw_images(
+    groups: Sequence[Tensor], image_key: Tensor, count: int, categories: Sequence[str], seed: int
+) -> list[Tensor]:
+    """Of each category's rows those of `count` random images, whatever the images' order was.
+
+    Args:
+        groups: rows of each category, as `rows_by_category` gives them.
+        image_key: (R,) int64; the rows of one image (and of its rotated copies) share a number.
+    """
+    drawn = []
+    for name, rows in zip(categories, groups, strict=True):
+        keys = image_key[rows].unique()  # sorted
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        chosen = keys[torch.randperm(len(keys), generator=generator)[:count]]
+        drawn.append(rows[torch.isin(image_key[rows], chosen)])
+    return drawn
+
+
+def choose_rows(
+    patches: Tensor,
+    groups: Sequence[Tensor],
+    ratio: float,
+    *,
+    start: Callable[[Tensor], Tensor | None] = lambda features: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Rows of the memory bank: a greedy coreset of each group, one group after the other.
+
+    Args:
+        patches: (R, C).
+        groups: rows that compete with each other.
+        ratio: share of a group that is kept, at least one row; from 1 on all are kept, in order.
+        start: features of a group -> distances before its first pick, see `greedy_coreset`.
+        progress: called with (rows chosen, rows to choose).
+
+    Returns:
+        (M,) int64.
+    """
+    if ratio >= 1:
+        return torch.cat(list(groups))
+    counts = [max(1, int(ratio * len(rows))) for rows in groups]
+    picks: list[Tensor] = []
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(sum(counts[: len(picks)]) + done, sum(counts))
+
+    for rows, count in zip(groups, counts, strict=True):
+        features = patches if len(rows) == len(patches) else patches[rows]
+        picks.append(rows[greedy_coreset(features, count, start=start(features), progress=report)])
+    return torch.cat(picks)
+
+
+def search_bank(
+    rows: Tensor,
+    bank: Tensor,
+    k: int,
+    *,
+    own: tuple[Tensor, Tensor] | None = None,
+    visible: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Squared distance and index of the k nearest bank rows of every patch.
+
+    Args:
+        rows: (B, N, C).
+        bank: (M, C).
+        own: the images' categories (B,) and the bank rows' (M,), ascending: search only rows of
+            the image's own category. None: all rows.
+        visible: (B, N) bool; other patches get distance 0 to row 0. None: all.
+
+    Returns:
+        distances (B, N, k) float32, ascending, and bank rows (B, N, k) int64.
+
+    Raises:
+        ValueError: fewer than k rows to search.
+    """
+    batch, patches, _ = rows.shape
+    distance = rows.new_zeros(batch, patches, k)
+    nearest = torch.zeros_like(distance, dtype=torch.int64)
+    if visible is None:
+        visible = torch.ones(batch, patches, dtype=torch.bool, device=rows.device)
+    if own is None:
+        searches = [(visible, 0, len(bank))]
+    else:
+        image_category, bank_category = own
+        searches = [
+            (
+                visible & (image_category == index)[:, None],
+                int((bank_category < index).sum()),
+                int((bank_category <= index).sum()),
+            )
+            for index in image_category.unique()
+        ]
+    for mine, begin, end in searches:
+        found, row = nearest_distance(rows[mine], bank[begin:end], k=k)
+        distance[mine], nearest[mine] = found, row + begin
+    return distance, nearest

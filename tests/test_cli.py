@@ -1,0 +1,129 @@
+"""The command line as a user meets it: help, exit codes, what goes to stdout."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from doors import Command
+
+from allgood import __version__
+
+pytest_plugins = ["doors_fixtures"]
+
+MEASURED = """
+import json, resource, subprocess, sys, time
+started = time.perf_counter()
+words = [sys.executable, "-m", "allgood", *sys.argv[1:]]
+done = subprocess.run(words, capture_output=True, text=True)
+seconds = time.perf_counter() - started
+kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps([done.returncode, done.stdout, done.stderr, seconds, kilobytes]))
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], [], ["--version"]])
+def test_help_is_quick_and_small(words: list[str]) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-c", MEASURED, *words], capture_output=True, text=True, check=True
+    )
+    code, out, err, seconds, kilobytes = json.loads(answer.stdout)
+    assert code == (0 if words else 2)
+    assert not err
+    assert ("usage: allgood" in out) or out == f"allgood {__version__}\n"
+    assert seconds < 2  # 0.1 s on an idle machine; this one may be busy
+    assert kilobytes < 60_000
+
+
+def loaded_by(words: list[str]) -> set[str]:
+    """Top-level modules that are loaded once the command has answered."""
+    code = (
+        "import sys\nfrom allgood.cli import main\n"
+        f"assert main({words!r}) in (0, 2)\n"
+        "print('\\n' + ' '.join(sys.modules))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return {name.split(".")[0] for name in answer.stdout.splitlines()[-1].split()}
+
+
+def test_help_loads_nothing_heavy() -> None:
+    assert not loaded_by(["--help"]) & {"torch", "numpy", "tyro", "PIL", "rich"}
+
+
+@pytest.mark.parametrize("command", ["fit", "calibrate", "inspect", "evaluate", "demo", "list"])
+def test_help_of_a_command_loads_no_torch(command: str) -> None:
+    assert not loaded_by([command, "--help"]) & {"torch", "numpy", "timm"}
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("fit", "allgood fit [-h] [OPTIONS] DATA ..."),
+        ("calibrate", "allgood calibrate [-h] [OPTIONS] RUN GOOD ..."),
+        ("inspect", "allgood inspect [-h] [OPTIONS] RUN PICTURES ..."),
+        ("evaluate", "allgood evaluate [-h] [OPTIONS] RUN DATA ..."),
+    ],
+)
+def test_help_of_a_command(allgood: Command, command: str, usage: str) -> None:
+    answer = allgood(command, "--help")
+    assert answer.code == 0
+    assert f"usage: {usage}\n" in answer.out
+    assert "None" not in answer.out
+
+
+def test_help_explains_every_option(allgood: Command) -> None:
+    """A docstring whose `Args` fell apart once lost the options behind it."""
+    text = " ".join(allgood("calibrate", "--help").out.split())
+    for words in ("what the pictures show", "how the pictures lie on disk", "auto, cpu or cuda"):
+        assert words in text
+
+
+def test_list(allgood: Command) -> None:
+    assert "patchcore" in allgood("list", "detectors").out
+    assert allgood("list", "encoders").out.startswith("efficientnet_lite0 ")
+    assert "mvtec" in allgood("list", "datasets").out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fitt"], "unknown command 'fitt'; did you mean 'fit'? known: demo, fit"),
+        (["zzz"], "unknown command 'zzz'; known: demo"),
+    ],
+)
+def test_unknown_command(allgood: Command, words: list[str], said: str) -> None:
+    assert allgood.refused(*words).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "x", "--detectr", "patchcore"],
+        ["fit", "x", "--seed", "one"],
+        ["list", "detecors"],
+        ["inspect"],
+    ],
+)
+def test_options_that_cannot_be_parsed(allgood: Command, words: list[str]) -> None:
+    answer = allgood(*words)
+    assert answer.code == 2
+    assert not answer.out
+    assert "--help" in answer.err
+
+
+def test_closed_pipe_is_no_traceback() -> None:
+    """`allgood inspect ... | head -1`: the reader leaves, we stop without a word."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "allgood", "list", "detectors"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr

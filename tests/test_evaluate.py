@@ -1,0 +1,313 @@
+"""`allgood evaluate`: its numbers against scikit-learn on the scores, and what it says of them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_trees import save
+from doors import SIZE, TINY, Command, content, draw_tree, part
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+import allgood as library
+from allgood.calibration import threshold
+from allgood.scoring import resize_map
+
+pytest_plugins = ["doors_fixtures"]
+
+
+def refuse_constant(word: str) -> None:
+    raise AssertionError(f"{word} is no JSON")
+
+
+def metrics_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text(), parse_constant=refuse_constant)
+
+
+@pytest.fixture(scope="module")
+def evaluated(run: Path, tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The shared run's evaluation, and the folder it was written to."""
+    out = tmp_path_factory.mktemp("evaluated")
+    return library.evaluate(run, [tree], out=out), out
+
+
+def image_numbers(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return {
+        "image_auroc": roc_auc_score(labels, scores),
+        "image_ap": average_precision_score(labels, scores),
+        "image_f1max": f1.max(),
+    }
+
+
+def test_what_is_written(evaluated: Any) -> None:
+    evaluation, out = evaluated
+    assert sorted(content(out)) == ["metrics.json", "report.html"]
+    numbers = metrics_in(out)
+    assert numbers == json.loads(json.dumps(evaluation.metrics))
+    assert list(numbers["categories"]) == ["cloth", "wood"]
+    for row in (*numbers["categories"].values(), numbers["mean"]):
+        assert {"image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap"} <= set(row)
+        assert {"pixel_f1max", "aupro", "dsc", "mad"} <= set(row)
+        assert all(set(metric) == {"value", "bound"} for metric in row.values())
+    assert "dsc" not in numbers["pooled"]
+    assert all(isinstance(sentence, str) for sentence in numbers["protocol"])
+    page = (out / "report.html").read_text()
+    assert "wood" in page
+    assert "allgood fit" in page
+
+
+def test_table_is_printed(allgood: Command, run: Path, tree: Path, tmp_path: Path) -> None:
+    answer = allgood("evaluate", run, tree, "--out", tmp_path / "new" / "folder")
+    assert answer.code == 0
+    assert answer.out.splitlines()[-2:] == [
+        f"metrics  {tmp_path / 'new' / 'folder' / 'metrics.json'}",
+        f"report   {tmp_path / 'new' / 'folder' / 'report.html'}",
+    ]
+    for word in ("cloth", "wood", "mean", "AUROC"):
+        assert word in answer.out
+
+
+def test_image_numbers_equal_scikit_learn(evaluated: Any, run: Path, tree: Path) -> None:
+    """On the scores that `inspect` gives for the same pictures."""
+    evaluation, _ = evaluated
+    inspector = library.Inspector(run)
+    every_score, every_label = [], []
+    for name in ("cloth", "wood"):
+        test = tree / name / "test"
+        good = [i.image_score for i in inspector.inspect(test / "good", category=name)]
+        bad = [i.image_score for i in inspector.inspect(test / "hole", category=name)]
+        scores = np.array([*good, *bad])
+        labels = np.repeat([False, True], [len(good), len(bad)])
+        for metric, value in image_numbers(scores, labels).items():
+            assert evaluation.metrics["categories"][name][metric]["value"] == pytest.approx(value)
+        every_score.append(scores)
+        every_label.append(labels)
+    pooled = image_numbers(np.concatenate(every_score), np.concatenate(every_label))
+    for metric, value in pooled.items():
+        assert evaluation.metrics["pooled"][metric]["value"] == pytest.approx(value)
+        mean = np.mean(
+            [evaluation.metrics["categories"][n][metric]["value"] for n in ("cloth", "wood")]
+        )
+        assert evaluation.metrics["mean"][metric]["value"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("pixel_size", [48, 0])
+@pytest.mark.parametrize("exact", [False, True])
+def test_pixel_numbers_equal_scikit_learn(
+    run: Path, tree: Path, tmp_path: Path, pixel_size: int, exact: bool
+) -> None:
+    """Over all pixels of all test pictures; 0: at each picture's own size."""
+    evaluation = library.evaluate(
+        run, tree / "wood", out=tmp_path, pixel_size=pixel_size, exact=exact
+    )
+    inspector = library.Inspector(run)
+    scores, labels = [], []
+    for defect in ("good", "hole"):
+        for inspection in inspector.inspect(tree / "wood" / "test" / defect, category="wood"):
+            size = (pixel_size, pixel_size) if pixel_size else SIZE
+            assert inspection.input_map is not None
+            scores.append(resize_map(inspection.input_map[None, None], size).numpy().ravel())
+            truth = np.zeros(SIZE, np.float32)
+            if defect == "hole":
+                truth[16:34, 40:58] = 1
+            labels.append(
+                torch.nn.functional.interpolate(
+                    torch.tensor(truth)[None, None], size, mode="nearest-exact"
+                )
+                .numpy()
+                .ravel()
+            )
+    row = evaluation.metrics["categories"]["wood"]
+    labels_, scores_ = np.concatenate(labels), np.concatenate(scores)
+    for name, value in (
+        ("pixel_auroc", roc_auc_score(labels_, scores_)),
+        ("pixel_ap", average_precision_score(labels_, scores_)),
+    ):
+        assert row[name]["value"] == pytest.approx(value, abs=2e-4)
+        if exact:
+            assert row[name]["bound"] == 0
+    assert evaluation.metrics["pixel_size"] == (pixel_size or "own")
+
+
+def test_alarms_are_those_of_inspect(evaluated: Any, run: Path, tree: Path) -> None:
+    evaluation, _ = evaluated
+    inspector = library.Inspector(run)
+    calibration = inspector.calibration
+    assert calibration is not None
+    pooled = [score for name in ("cloth", "wood") for score in calibration.image_scores[name]]
+    limit = threshold(pooled, 0.05)
+    found = over = 0
+    for name in ("cloth", "wood"):
+        bad = list(inspector.inspect(tree / name / "test" / "hole", category=name))
+        good = list(inspector.inspect(tree / name / "test" / "good", category=name))
+        assert evaluation.metrics["alarms"][name] == {
+            "threshold": calibration.image_threshold(name),
+            "promised_false_alarm_rate": 0.05,
+            "found": sum(bool(i.is_anomalous) for i in bad),
+            "defective": 5,
+            "false_alarms": sum(bool(i.is_anomalous) for i in good),
+            "good": 6,
+        }
+        found += sum(i.image_score > limit for i in bad)
+        over += sum(i.image_score > limit for i in good)
+    row = evaluation.metrics["alarms"]["pooled"]
+    assert (row["threshold"], row["found"], row["false_alarms"]) == (limit, found, over)
+    assert (row["defective"], row["good"]) == (10, 12)
+
+
+def test_category_inferred(run: Path, tree: Path, tmp_path: Path, evaluated: Any) -> None:
+    """Judged as what it looks like: alarms then are those of `inspect` without a category."""
+    evaluation = library.evaluate(run, [tree], out=tmp_path, infer_category=True)
+    assert (
+        "The category was inferred from each picture, rightly for 22 of 22."
+        in (evaluation.metrics["protocol"])
+    )
+    assert evaluation.metrics["alarms"] == evaluated[0].metrics["alarms"]
+    assert "The category of each picture was known." in evaluated[0].metrics["protocol"]
+
+
+def test_category_inferred_wrongly(run: Path, tree: Path, tmp_path: Path) -> None:
+    """Wood called cloth is judged by the thresholds of what it looks like."""
+    data = tmp_path / "data"
+    shutil.copytree(tree / "wood", data / "cloth")
+    evaluation = library.evaluate(run, data, out=tmp_path, infer_category=True)
+    assert any("rightly for 0 of 11" in s for s in evaluation.metrics["protocol"])
+    inspections = list(library.Inspector(run).inspect(data / "cloth" / "test" / "good"))
+    assert evaluation.metrics["alarms"]["cloth"]["false_alarms"] == sum(
+        bool(inspection.is_anomalous) for inspection in inspections
+    )
+
+
+def test_missing_masks(run: Path, tree: Path, tmp_path: Path) -> None:
+    """Without masks there are no pixel numbers, and the reason is said; the other category has
+    them, and the mean is theirs."""
+    data = shutil.copytree(tree, tmp_path / "data")
+    shutil.rmtree(data / "wood" / "ground_truth")
+    evaluation = library.evaluate(run, data, out=tmp_path)
+    numbers = metrics_in(tmp_path)
+    assert evaluation.content.categories[1].num_with_masks == 0
+    wood = numbers["categories"]["wood"]["pixel_ap"]
+    assert wood["value"] is None
+    assert "no defective pixels" in wood["reason"]
+    assert numbers["categories"]["wood"]["image_auroc"]["value"] > 0.9
+    assert numbers["categories"]["cloth"]["pixel_ap"]["value"] > 0
+    assert "pixel" in str(evaluation)
+
+
+def test_good_pictures_only(run: Path, tree: Path, tmp_path: Path) -> None:
+    """Nothing to rank, but false alarms can be counted."""
+    data = shutil.copytree(tree / "wood", tmp_path / "data" / "wood")
+    shutil.rmtree(data / "test" / "hole")
+    library.evaluate(run, data, out=tmp_path)
+    numbers = metrics_in(tmp_path)
+    assert numbers["categories"]["wood"]["image_auroc"] == {
+        "value": None,
+        "bound": None,
+        "reason": "no defective images",
+    }
+    assert numbers["alarms"]["wood"]["good"] == 6
+
+
+def test_uncalibrated_run(tree: Path, tmp_path: Path) -> None:
+    run = library.fit(
+        tree,
+        out=tmp_path / "run",
+        encoder="test_efficientnet",
+        weights="random",
+        image_size=32,
+        calibration_share=0,
+    )
+    library.evaluate(run, tree)
+    numbers = metrics_in(run)
+    assert numbers["alarms"] == {"cloth": None, "wood": None, "pooled": None}
+    assert "The run is not calibrated: no alarms, ranking metrics only." in numbers["protocol"]
+    library.calibrate(run, tree, max_false_alarm=0.3)  # on the good test pictures
+    said = library.evaluate(run, tree).metrics
+    assert said["alarms"]["wood"]["good"] == 0
+    assert any(
+        sentence.startswith("12 test pictures were left out: the run was fitted or calibrated")
+        for sentence in said["protocol"]
+    )
+
+
+def test_seen_pictures_are_left_out(
+    allgood: Command, run: Path, tree: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(tree / "wood", tmp_path / "data" / "wood")
+    for i in range(48):  # fitted on, or kept from fitting for the thresholds
+        name = f"{i:03}.png"
+        shutil.copy(data / "train" / "good" / name, data / "test" / "good" / f"copy {name}")
+    evaluation = library.evaluate(run, data, out=tmp_path)
+    assert evaluation.metrics["alarms"]["wood"]["good"] == 6
+    assert any("48 test pictures were left out" in s for s in evaluation.metrics["protocol"])
+    shutil.rmtree(data / "test" / "hole")
+    for i in range(6):
+        (data / "test" / "good" / f"{i:03}.png").unlink()
+    said = allgood.refused("evaluate", run, data, "--out", tmp_path / "other")
+    assert said == f"{data}: no test pictures; all 48 were seen in fitting or calibration"
+    assert not (tmp_path / "other").exists()
+
+
+def test_unreadable_pictures_are_counted(
+    allgood: Command, run: Path, tree: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(tree, tmp_path / "data")
+    torn = data / "wood" / "test" / "hole" / "002.png"
+    torn.write_bytes(torn.read_bytes()[:500])
+    answer = allgood("evaluate", run, data, "--out", tmp_path)
+    assert answer.code == 0
+    assert f"left out: {torn}" in answer.err
+    numbers = metrics_in(tmp_path)
+    assert [path for path, _ in numbers["unreadable"]] == [str(torn)]
+    assert numbers["alarms"]["wood"]["defective"] == 4
+    for path in data.rglob("test/*/*.png"):
+        path.write_bytes(b"torn " + str(path).encode())
+    assert allgood.refused("evaluate", run, data, "--out", tmp_path).startswith(
+        "none of the 22 test pictures could be read; "
+    )
+
+
+def test_report_says_how_to_reproduce(run: Path, tree: Path, evaluated: Any) -> None:
+    """Shell commands, also where it all happened in Python."""
+    evaluation, out = evaluated
+    fit, evaluate = evaluation.content.commands
+    assert fit == (f"allgood fit {tree} --out {run} --image-size 64 --settings coreset_ratio=0.1")
+    assert evaluate == f"allgood evaluate {run} {tree} --out {out}"
+
+
+def test_layout_without_a_split(tmp_path: Path) -> None:
+    """Where disk does not say which pictures are for testing, the run's split says it, and no
+    picture stands on both sides."""
+    data = tmp_path / "wood"
+    for i in range(40):
+        save(part("wood", i), data / "good" / f"{i}.png")
+    for i in range(4):
+        save(part("wood", 100 + i, defective=True), data / "hole" / f"{i}.png")
+    run = library.fit(
+        data,
+        out=tmp_path / "run",
+        encoder="test_efficientnet",
+        weights="random",
+        image_size=32,
+        train_share=0.6,
+        seed=3,
+    )
+    config = json.loads((run / "config.json").read_text())["data"]
+    numbers = library.evaluate(run, data).metrics
+    assert not any("left out" in sentence for sentence in numbers["protocol"])
+    tested = len(library.evaluate(run, data).content.categories[0].good_scores)
+    assert config["fitted_pictures"] + config["held_out_pictures"] + tested == 40
+
+
+def test_big_and_small_pictures_at_their_own_size(allgood: Command, tmp_path: Path) -> None:
+    data = draw_tree(tmp_path / "data", ("wood",), train=4, good=2, bad=2)
+    big = part("wood", 77, defective=True).resize((128, 144))
+    save(big, data / "wood" / "test" / "hole" / "000.png")
+    assert allgood("fit", data, "--out", tmp_path / "run", *TINY).code == 0
+    assert allgood("evaluate", tmp_path / "run", data, "--pixel-size", 0).code == 0
+    assert metrics_in(tmp_path / "run")["categories"]["wood"]["aupro"]["value"] is not None
