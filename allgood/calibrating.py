@@ -45,7 +45,6 @@ def calibrate(
     Raises:
         InputError: too few pictures for the rate, a category never learned, no good pictures.
     """
-    from allgood.calibration import Calibration
     from allgood.data.readers import read_data
     from allgood.inference import Inspector, require_at_least
     from allgood.progress import say
@@ -64,13 +63,7 @@ def calibrate(
         say(f"left out: {failure.reason}")
     if not scores.image:
         raise InputError(f"none of the good pictures could be read; {scores.failures[0].reason}")
-    old = inspector.calibration
-    calibration = Calibration(
-        max_false_alarm,
-        {**(old.image_scores if old else {}), **scores.image},
-        {**(old.map_maxima if old else {}), **scores.map_maximum},
-        {**(old.pictures if old else {}), **scores.picture},
-    )
+    calibration = _kept(inspector.calibration, scores, max_false_alarm)
     write_json(inspector.run / CALIBRATION, calibration.to_json())
     return calibration
 
@@ -110,6 +103,21 @@ def calibrate_on(
         )
         write_json(run / CALIBRATION, calibration.to_json())
     return scores.failures
+
+
+def _kept(old: Calibration | None, new: _Scores, max_false_alarm: float) -> Calibration:
+    """The new scores, and the old ones of categories that were not shown this time."""
+    from allgood.calibration import Calibration
+
+    if old is None:
+        return Calibration(max_false_alarm, new.image, new.map_maximum, new.picture)
+    kept = [name for name in old.image_scores if name not in new.image]
+    return Calibration(
+        max_false_alarm,
+        {**new.image, **{name: old.image_scores[name] for name in kept}},
+        {**new.map_maximum, **{name: old.map_maxima[name] for name in kept}},
+        {**new.picture, **{name: old.pictures[name] for name in kept}},
+    )
 
 
 @dataclass

@@ -96,24 +96,15 @@ def fit(
     """
     started = time.monotonic()
     arguments = dict(locals())
-    from allgood.calibrating import calibrate_on, split_for_calibration
+    from allgood.calibrating import split_for_calibration
     from allgood.data.fingerprint import digests, fingerprint
     from allgood.detectors import detector_classes
     from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
     from allgood.encoders.tiled import tiled
     from allgood.inference import choose_device, require_at_least
-    from allgood.runs import (
-        FORMAT,
-        PROVENANCE,
-        command_line,
-        finish,
-        is_finished,
-        provenance,
-        publish,
-        write_json,
-    )
+    from allgood.runs import FORMAT, command_line
 
-    # Settings resolved and checked; nothing is written yet.
+    # Everything asked for is resolved and checked here, and nothing is written yet.
     out = Path(out)
     roots = [data] if isinstance(data, str | Path) else list(data)
     require_at_least(1, batch_size=batch_size, image_size=image_size, tile=tile, shots=shots)
@@ -139,18 +130,8 @@ def fit(
     model = detector_class(detector_config, tiled(frozen, tile), categories, seed=seed)
     if rotate is None:
         rotate = detector == "anomalydino" and shots is not None
-    job = _Job(
-        model=model.to(where).eval(),
-        transform=transform,
-        samples=chosen,
-        angles=ROTATIONS if rotate else (0,),
-        ignore_of=_ignore_masks(ignore, categories),
-        batch_size=batch_size,
-        seed=seed,
-        # Half of the budget: the rest is for the network, the pictures in flight and the choice.
-        budget_bytes=int(memory_gb / 2 * 2**30),
-    )
-    config = {
+    angles = ROTATIONS if rotate else (0,)
+    config: dict[str, Any] = {
         "format": FORMAT,
         "detector": {"name": detector, "settings": asdict(detector_config)},
         "encoder": {"settings": encoder_config.to_json(), "digest": frozen.digest},
@@ -164,7 +145,7 @@ def fit(
             "layouts": dict(dataset.layouts),
             "train_share": train_share,
             "shots": shots,
-            "angles": list(job.angles),
+            "angles": list(angles),
             "calibration_share": calibration_share,
             "fitted_pictures": len(chosen),
             "held_out_pictures": len(held_out),
@@ -180,24 +161,41 @@ def fit(
         "device": str(where),
     }
 
-    # The same request goes on with what a killed fit left; the whole run comes to be in state/run.
-    request = config | {
-        "fingerprint": facts["data_fingerprint"],
-        "max_false_alarm": max_false_alarm,
-        "ignore": _digest(job.ignore_of),
-    }
-    state = _open_state(out, request, overwrite)
+    job = _Job(
+        model=model.to(where).eval(),
+        transform=transform,
+        samples=chosen,
+        held_out=held_out,
+        angles=angles,
+        ignore_of=_ignore_masks(ignore, categories),
+        batch_size=batch_size,
+        seed=seed,
+        # Half of the budget: the rest is for the network, the pictures in flight and the choice.
+        budget_bytes=int(memory_gb / 2 * 2**30),
+        max_false_alarm=max_false_alarm,
+        device=device,
+        config=config,
+        facts=facts,
+        started=started,
+    )
+    _make_run(out, job, overwrite)
+    _say_result(out)
+    return out
+
+
+def _make_run(out: Path, job: _Job, overwrite: bool) -> None:
+    """Fit, write, calibrate in state/run, then move the new run into place.
+
+    The same request goes on with what a killed fit left there.
+    """
+    from allgood.runs import is_finished, publish
+
+    state = _open_state(out, job.request(), overwrite)
     new = state / "run"
     try:
         if not is_finished(new):
             failures = _fit_detector(job, state / "patches")
-            _write_run(new, job, config, failures)
-            if held_out:
-                failures += calibrate_on(new, held_out, max_false_alarm, device=device)
-            facts["unreadable"] = [[str(failure.path), failure.reason] for failure in failures]
-            facts["seconds"] = round(time.monotonic() - started, 1)
-            write_json(new / PROVENANCE, provenance(**facts))
-            finish(new)
+            _write_run(new, job, failures)
         shutil.rmtree(state / "patches", ignore_errors=True)
         publish(new, out)
     except InputError:  # the user must change something, so there is nothing to go on with
@@ -207,8 +205,6 @@ def fit(
         error.filename = error.filename or str(state)
         raise
     shutil.rmtree(state)
-    _say_result(out)
-    return out
 
 
 def parse_settings(config_class: type, settings: Sequence[str]) -> Any:
@@ -272,11 +268,14 @@ def few_shots(dataset: Dataset, shots: int, seed: int) -> list[Sample]:
 
 @dataclass(frozen=True)
 class _Job:
-    """What the detector is fitted on, and how."""
+    """One fit, all of it resolved."""
 
     model: Any
     transform: Transform
     samples: Sequence[Sample]
+    """To fit on."""
+    held_out: Sequence[Sample]
+    """To calibrate on."""
     angles: Sequence[float]
     """Every picture is learned once per angle."""
     ignore_of: Mapping[str, np.ndarray]
@@ -284,6 +283,21 @@ class _Job:
     seed: int
     budget_bytes: int
     """What the patches may take in memory."""
+    max_false_alarm: float
+    device: str
+    config: dict[str, Any]
+    """What config.json will hold."""
+    facts: dict[str, Any]
+    """What provenance.json will hold of this fit."""
+    started: float
+
+    def request(self) -> dict[str, Any]:
+        """What a killed fit must agree in to be gone on with."""
+        return self.config | {
+            "fingerprint": self.facts["data_fingerprint"],
+            "max_false_alarm": self.max_false_alarm,
+            "ignore": _digest(self.ignore_of),
+        }
 
 
 def _read_good(
@@ -390,10 +404,21 @@ def _require_readable(samples: Sequence[Sample], failures: Sequence[Failure]) ->
             )
 
 
-def _write_run(new: Path, job: _Job, config: dict[str, Any], failures: Sequence[Failure]) -> None:
-    """Weights, ignored regions and settings: what an Inspector needs."""
+def _write_run(new: Path, job: _Job, failures: Sequence[Failure]) -> None:
+    """All files of the run, the thresholds among them."""
+    from allgood.calibrating import calibrate_on
     from allgood.inference import own_weights
-    from allgood.runs import CONFIG, IGNORE, WEIGHTS, ignore_file, write_json, write_weights
+    from allgood.runs import (
+        CONFIG,
+        IGNORE,
+        PROVENANCE,
+        WEIGHTS,
+        finish,
+        ignore_file,
+        provenance,
+        write_json,
+        write_weights,
+    )
 
     new.mkdir(exist_ok=True)
     write_weights(new / WEIGHTS, own_weights(job.model))
@@ -401,8 +426,17 @@ def _write_run(new: Path, job: _Job, config: dict[str, Any], failures: Sequence[
         (new / IGNORE).mkdir(exist_ok=True)
     for name, mask in job.ignore_of.items():
         _write_mask(ignore_file(new, name), mask)
-    config["data"]["fitted_pictures"] = len(job.samples) - len(failures)
-    write_json(new / CONFIG, config)
+    fitted = {"fitted_pictures": len(job.samples) - len(failures)}
+    write_json(new / CONFIG, {**job.config, "data": job.config["data"] | fitted})
+    unreadable = [*failures]
+    if job.held_out:
+        unreadable += calibrate_on(new, job.held_out, job.max_false_alarm, device=job.device)
+    facts = job.facts | {
+        "unreadable": [[str(failure.path), failure.reason] for failure in unreadable],
+        "seconds": round(time.monotonic() - job.started, 1),
+    }
+    write_json(new / PROVENANCE, provenance(**facts))
+    finish(new)
 
 
 def _say_result(out: Path) -> None:

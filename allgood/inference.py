@@ -129,9 +129,9 @@ class Inspector:
         load_weights(self.detector, self.run / WEIGHTS)
         self.detector.to(self.device).eval()
         self.ignore = _read_ignore(self.run, self.categories)
-        masks = [self.ignore.get(name) for name in self.categories]
-        self._same_ignore = all(
-            mask is not None and np.array_equal(mask, masks[0]) for mask in masks
+        masks = list(self.ignore.values())
+        self._same_ignore = len(masks) == len(self.categories) and all(
+            np.array_equal(mask, masks[0]) for mask in masks
         )
         self.calibration = _read_calibration(self.run / CALIBRATION)
 

@@ -1,14 +1,20 @@
 """The command line as a user meets it: help, exit codes, what goes to stdout."""
 
+import errno
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from doors import Command
+from doors import TINY, Answer, Command
+from rich.console import Console
 
-from allgood import __version__
+from allgood import __version__, progress
 
 pytest_plugins = ["doors_fixtures"]
 
@@ -127,3 +133,62 @@ def test_closed_pipe_is_no_traceback() -> None:
     os.close(write)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+
+
+def test_progress_with_time_left_on_a_terminal(
+    allgood: Command, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bars on stderr, one after the other; stdout has the run's folder and nothing else."""
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, color_system=None, width=100)
+    monkeypatch.setattr(progress, "console", terminal)
+    answer = allgood("fit", tree, "--out", tmp_path / "run", *TINY)
+    assert answer.out == f"{tmp_path / 'run'}\n"
+    text = screen.getvalue()
+    places = [
+        text.index(words)
+        for words in (
+            "reading good pictures",
+            "choosing the memory bank",
+            "calibrating on good pictures",
+            "learned 2 categories",
+        )
+    ]
+    assert places == sorted(places)
+    assert re.search(r"\d+/58 .*(\d:\d\d:\d\d|-:--:--)", text)
+
+
+def test_no_bars_where_there_is_no_terminal(allgood: Command, tree: Path, tmp_path: Path) -> None:
+    lines = allgood("fit", tree, "--out", tmp_path / "run", *TINY).err.splitlines()
+    assert lines.count("reading good pictures: 58") == 1
+    assert not any("━" in line or "\x1b" in line for line in lines)
+
+
+def test_failing_machine(allgood: Command, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 1 and one sentence; with a remedy where it is about writing."""
+
+    def fail(number: int) -> Callable[..., None]:
+        def read_data(*_: object, **__: object) -> None:
+            raise OSError(number, os.strerror(number), "disk/run")
+
+        return read_data
+
+    monkeypatch.setattr("allgood.data.readers.read_data", fail(errno.EIO))
+    assert allgood("fit", tree) == Answer(1, "", "allgood: disk/run: Input/output error\n")
+    monkeypatch.setattr("allgood.data.readers.read_data", fail(errno.EACCES))
+    answer = allgood("fit", tree)
+    assert answer.code == 1
+    assert answer.err == (
+        "allgood: disk/run: Permission denied; make room or choose another folder, "
+        "and give the same command again\n"
+    )
+
+
+def test_stopped_by_the_user(allgood: Command, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("allgood.data.readers.read_data", stop)
+    answer = allgood("fit", tree)
+    assert answer.code == 130
+    assert answer.err == "allgood: stopped; the same command goes on where a fit was\n"

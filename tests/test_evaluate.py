@@ -68,7 +68,7 @@ def test_table_is_printed(allgood: Command, run: Path, tree: Path, tmp_path: Pat
         f"metrics  {tmp_path / 'new' / 'folder' / 'metrics.json'}",
         f"report   {tmp_path / 'new' / 'folder' / 'report.html'}",
     ]
-    for word in ("cloth", "wood", "mean", "AUROC"):
+    for word in ("cloth", "wood", "Mean of categories", "AUROC"):
         assert word in answer.out
 
 

@@ -275,7 +275,7 @@ def test_killed_at_every_moment(
     moments = random.Random(5)
     kills = 0
     while True:
-        moment = moments.randrange(2, 12)
+        moment = moments.randrange(3, 16)
         code, text = killer("fit", few, "--out", out, *TINY, *FEW, moment=moment)
         if code == 0:
             break

@@ -133,7 +133,8 @@ def test_block_sizes_do_not_matter(
 ) -> None:
     """Tiny blocks reach every branch: many rounds, rows left over, bounds of all ages."""
     features = make(torch.Generator().manual_seed(3), 400)
-    monkeypatch.setattr(coreset, "_ACTIVE", active)
+    monkeypatch.setattr(coreset, "_MOST_ACTIVE", active)
+    monkeypatch.setattr(coreset, "_FEWEST_ACTIVE", min(active, 128))
     monkeypatch.setattr(coreset, "_CENTRES", centres)
     monkeypatch.setattr(coreset, "_PART", 7)
     picks = greedy_coreset(features, 150)

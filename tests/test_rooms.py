@@ -16,10 +16,10 @@ PACKAGE = Path(allgood.__file__).parent
 
 ROOMS = {
     "types": set(),
-    "scoring": set(),
+    "scoring": {"types"},
     "data": {"types"},
     "encoders": {"types"},
-    "layers": {"types"},
+    "layers": {"types", "scoring"},
     "detectors": {"types", "encoders", "layers", "scoring"},
     "metrics": {"types"},
     "evaluation": {"types", "metrics"},

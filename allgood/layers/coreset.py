@@ -19,8 +19,9 @@ from torch import Tensor
 
 from allgood.layers.nearest import nearest_distance
 
-_ACTIVE = 1024
-"""Rows that compete for the next picks; small enough to stay in cache."""
+_FEWEST_ACTIVE, _MOST_ACTIVE = 128, 1024
+"""Rows that compete for the next picks, whose mutual distances are all computed: as many as the
+last round's picks deserve, few enough to stay in cache."""
 _CENTRES = 256
 """Selected rows per matrix product; bounds the distances computed but not needed."""
 _PART = 8192
@@ -59,17 +60,22 @@ def greedy_coreset(
         raise ValueError(f"count must be in [1, {total}], got {count}")
     selection = _Selection(features, start, count)
     bound = selection.bound
-    refresh = _ACTIVE
+    refresh = active = _MOST_ACTIVE
     while selection.size < count:
         floor = _floor_of_top(bound, refresh)
         rows = (bound >= floor).nonzero().squeeze(1)
         selection.bring_up_to_date(rows)
-        picked, short_of_rows = selection.pick_among(rows, floor)
-        # Many rows refreshed for few picks: the radius is falling fast, so refresh more at once.
-        if short_of_rows and picked < refresh // 32:
+        picked, short_of_rows = selection.pick_among(rows, floor, active)
+        # As many rows as the picks need: more while rows left outside end the rounds early (the
+        # radius is falling fast), fewer when the competition among the active ends them.
+        if not short_of_rows:
+            refresh = max(refresh // 2, _MOST_ACTIVE)
+        elif picked < refresh // 32:
             refresh = min(2 * refresh, total)
-        elif picked > refresh // 8:
-            refresh = max(refresh // 2, _ACTIVE)
+        if picked > active // 4:
+            active = min(2 * active, _MOST_ACTIVE)
+        elif picked < active // 16:
+            active = max(active // 2, _FEWEST_ACTIVE)
         if progress is not None:
             progress(selection.size)
     return selection.picks
@@ -104,7 +110,7 @@ class _Selection:
         """Lower the bounds of `rows` to their distances to everything picked so far."""
         age = self.age[rows]
         first = int(age.min()) if len(rows) else self.size
-        for begin in range(first - first % _CENTRES, self.size, _CENTRES):
+        for begin in range(first, self.size, _CENTRES):
             end = min(begin + _CENTRES, self.size)
             for part in rows[age < end].split(_PART):
                 distance = torch.addmm(
@@ -118,16 +124,18 @@ class _Selection:
         self.bound[self.picks[: self.size]] = _PICKED
         self.age[rows] = self.size
 
-    def pick_among(self, rows: Tensor, floor: float) -> tuple[int, bool]:
+    def pick_among(self, rows: Tensor, floor: float, active: int) -> tuple[int, bool]:
         """Pick while the farthest of `rows` is at least `floor`, the bound of all other rows.
+
+        Only the `active` farthest of them compete; what they leave behind bounds them too.
 
         Returns:
             the number of picks, and whether they ended for want of rows above `floor`.
         """
         bound = self.bound[rows]
         limit = floor
-        if len(rows) > _ACTIVE:
-            keep = bound.topk(_ACTIVE).indices.sort().values
+        if len(rows) > active:
+            keep = bound.topk(active).indices.sort().values
             limit = max(floor, float(bound[keep].min()))
             rows, bound = rows[keep], bound[keep]
         features, squares = self.features[rows] - self.mean, self.squares[rows]
