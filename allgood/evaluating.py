@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from allgood.metrics import Metric, PixelState
     from allgood.types import Batch, Failure, Prediction
 
+EXACT_PIXELS = 1 << 26
+"""Categories with at most so many test pixels are measured exactly (half a gigabyte)."""
 GALLERY_PER_KIND = 3
 """Pictures shown per category and kind: found, missed, false alarm."""
 
@@ -61,7 +64,9 @@ def evaluate(
         layout: how the data lie on disk, where it is not recognised.
         pixel_size: side at which maps and masks are compared; 0: each picture's own size.
         infer_category: judge each picture as the category it looks like, not as the one it is.
-        exact: sort all pixels instead of the streaming histogram: no bounds, but memory.
+        exact: sort all pixels, however many: no bounds, but 8 bytes of memory per pixel. Without
+            it, so are categories of up to 64 million pixels; larger ones and the pooled row are
+            streamed, with bounds.
         batch_size: pictures that pass the network together.
         device: auto, cpu or cuda.
 
@@ -204,8 +209,15 @@ def _numbers(content: ReportContent, pixel_size: int) -> dict[str, Any]:
 class _Judged:
     """Scores of all test pictures, and the pixel states of their categories."""
 
-    def __init__(self, exact: bool) -> None:
-        self.exact = exact
+    def __init__(self, samples: Sequence[Sample], exact: bool, pixel_size: int) -> None:
+        from allgood.metrics import PixelState
+
+        counts = Counter(sample.category for sample in samples)
+        self.exact = {
+            name: exact or (pixel_size > 0 and count * pixel_size**2 <= EXACT_PIXELS)
+            for name, count in counts.items()
+        }
+        self.pooled = PixelState(exact=exact)
         self.samples: list[Sample] = []
         self.scores: list[float] = []
         self.judged_as: list[str] = []
@@ -231,6 +243,7 @@ class _Judged:
         pixel_size: int,
         categories: Sequence[str],
     ) -> None:
+        from allgood.metrics import PixelState
         from allgood.scoring import resize_map
 
         maps = prediction.anomaly_map
@@ -242,17 +255,11 @@ class _Judged:
             self.judged_as.append(categories[int(prediction.category[i])])
             self.has_mask.append(bool(batch.has_mask[i]) and not sample.is_good)
             if batch.has_mask[i] and batch.mask is not None:
-                state = self.pixels.setdefault(sample.category, self.new_state())
-                state.update(
-                    maps[i].numpy(),
-                    batch.mask[i].numpy(),
-                    [f"{sample.category}/{sample.id}"],
-                )
-
-    def new_state(self) -> PixelState:
-        from allgood.metrics import PixelState
-
-        return PixelState(exact=self.exact, exact_pixels=1 << 22)
+                name = sample.category
+                if name not in self.pixels:
+                    self.pixels[name] = PixelState(exact=self.exact[name])
+                for state in (self.pixels[name], self.pooled):
+                    state.update(maps[i].numpy(), batch.mask[i].numpy(), [f"{name}/{sample.id}"])
 
 
 def _judge(
@@ -266,7 +273,7 @@ def _judge(
 ) -> _Judged:
     from allgood.progress import bar
 
-    judged = _Judged(exact)
+    judged = _Judged(samples, exact, pixel_size)
     with bar("judging pictures never seen", len(samples)) as progress:
         for batch, prediction in inspector.predict(
             samples,
@@ -293,18 +300,13 @@ def _category_result(judged: _Judged, category: str | None, inspector: Inspector
     import numpy as np
 
     from allgood.evaluation.content import CategoryResult, Curves
-    from allgood.metrics import image_curves, image_metrics, mad
+    from allgood.metrics import PixelState, image_curves, image_metrics, mad
 
     rows = judged.rows(category)
     scores = np.array([judged.scores[i] for i in rows])
     bad = np.array([not judged.samples[i].is_good for i in rows])
     metrics: dict[str, Metric] = dict(image_metrics(scores, bad))
-    if category is None:
-        pixels = judged.new_state()
-        for state in judged.pixels.values():
-            pixels.merge(state)
-    else:
-        pixels = judged.pixels.get(category, judged.new_state())
+    pixels = judged.pooled if category is None else judged.pixels.get(category, PixelState())
     metrics |= pixels.result()
     if category is None:
         # UniAS defines DSC per class; over a mixture its threshold means nothing.

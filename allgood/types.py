@@ -5,7 +5,7 @@ Letters: B images, L levels, C channels, H W pixels, h w patches, T templates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -127,6 +127,12 @@ class Detector(Protocol):
         """
         ...
 
-    def fit(self, batches: Iterable[Batch], store: PatchStore) -> None:
+    def fit(
+        self,
+        batches: Iterable[Batch],
+        store: PatchStore,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         """Read the good images once; `store` holds what must outlive a killed run."""
         ...
