@@ -5,7 +5,7 @@
 One model over all categories, embedded encoder, 256 x 256. All good training pictures are fitted on
 (no calibration share), the test pictures are judged with their category known. The plain side
 searches 20,000 random patches, both levels concatenated as they come. Every number is measured in
-this process; settings were chosen without looking at defective pictures.
+this process. What the settings owe to these pictures is said in docs/methods.md.
 """
 
 import argparse
