@@ -6,7 +6,6 @@ settings resolved -> folder prepared -> detector fitted -> files written -> cali
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 
 ROTATIONS = (0, 45, 90, 135, 180, 225, 270, 315)
 """Angles of the rotated copies of few-shot references (AnomalyDINO)."""
-
-_REQUEST = "request.json"
-"""In state/: what the fit under way was asked for; only the same request goes on with it."""
 
 
 def fit(
@@ -103,6 +99,7 @@ def fit(
     from allgood.encoders.tiled import tiled
     from allgood.inference import choose_device, require_at_least
     from allgood.runs import FORMAT, command_line
+    from allgood.unfinished import refuse_folder
 
     # Everything asked for is resolved and checked here, and nothing is written yet.
     out = Path(out)
@@ -110,7 +107,7 @@ def fit(
     require_at_least(1, batch_size=batch_size, image_size=image_size, tile=tile, shots=shots)
     require_at_least(0, seed=seed)
     require_at_least(0.5, memory_gb=memory_gb)
-    _refuse_folder(out, overwrite)
+    refuse_folder(out, overwrite)
     config_class, detector_class = detector_classes(detector)
     detector_config = parse_settings(config_class, settings)
     where = choose_device(device)
@@ -189,8 +186,9 @@ def _make_run(out: Path, job: _Job, overwrite: bool) -> None:
     The same request goes on with what a killed fit left there.
     """
     from allgood.runs import is_finished, publish
+    from allgood.unfinished import open_state, withdraw
 
-    state = _open_state(out, job.request(), overwrite)
+    state = open_state(out, job.request(), overwrite)
     new = state / "run"
     try:
         if not is_finished(new):
@@ -199,7 +197,7 @@ def _make_run(out: Path, job: _Job, overwrite: bool) -> None:
         shutil.rmtree(state / "patches", ignore_errors=True)
         publish(new, out)
     except InputError:  # the user must change something, so there is nothing to go on with
-        _withdraw(out)
+        withdraw(out)
         raise
     except OSError as error:
         error.filename = error.filename or str(state)
@@ -479,68 +477,6 @@ def _transform(
             f"got {size}: take {near}"
         )
     return Transform(size, keep, multiple, interpolation=interpolation)
-
-
-# -- the run's folder ----------------------------------------------------------------------------
-
-
-def _refuse_folder(out: Path, overwrite: bool) -> None:
-    """InputError where the folder holds something that this fit must not touch."""
-    from allgood.runs import CONFIG
-
-    if out.exists() and not out.is_dir():
-        raise InputError(f"'{out}' is a file: name a folder with --out")
-    if (out / CONFIG).exists():
-        if not overwrite:
-            raise InputError(
-                f"run '{out}' exists: name another folder with --out, or give --overwrite"
-            )
-    elif out.is_dir() and any(out.iterdir()) and not _is_unfinished(out):
-        raise InputError(f"folder '{out}' is not empty and no run: name another one with --out")
-
-
-def _is_unfinished(out: Path) -> bool:
-    """Whether a killed fit left its state; the first thing it writes is the request."""
-    from allgood.runs import STATE
-
-    state = out / STATE
-    if not state.is_dir():
-        return False
-    return (state / _REQUEST).is_file() or all(_REQUEST in path.name for path in state.iterdir())
-
-
-def _open_state(out: Path, request: Mapping[str, Any], overwrite: bool) -> Path:
-    """The folder state/, new or with what a killed fit of the same request left there."""
-    from allgood import __version__
-    from allgood.runs import STATE, read_json, write_json
-
-    state = out / STATE
-    request = json.loads(json.dumps({"allgood": __version__, **request}))  # as it will be read
-    if (state / _REQUEST).is_file() and read_json(state / _REQUEST) != request:
-        if not overwrite:
-            raise InputError(
-                f"run '{out}' holds an unfinished fit of other data or settings: give that command "
-                "again, name another folder with --out, or give --overwrite"
-            )
-        shutil.rmtree(state)
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(
-            f"folder '{out}' cannot be made: a part of its path is a file; "
-            "name another one with --out"
-        ) from None
-    write_json(state / _REQUEST, request)
-    return state
-
-
-def _withdraw(out: Path) -> None:
-    """Leave nothing of a fit that cannot come to an end; an older run stays."""
-    from allgood.runs import STATE
-
-    shutil.rmtree(out / STATE, ignore_errors=True)
-    if not any(out.iterdir()):
-        out.rmdir()
 
 
 # -- ignored regions -----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ ROOMS = {
     "evaluation": {"types", "metrics"},
     "calibration": {"types"},
     "runs": {"types", "allgood"},
+    "unfinished": {"types", "runs", "allgood"},
     "progress": set(),
 }
 """Room -> the rooms it may import; each only rooms above it. `allgood` is the version."""
@@ -35,7 +36,7 @@ DOORS = {
     },
     "calibrating": {"types", "data", "calibration", "runs", "progress", "inference"},
     "fitting": {
-        *("types", "data", "encoders", "layers", "detectors", "runs", "progress", "allgood"),
+        *("types", "data", "encoders", "layers", "detectors", "runs", "progress", "unfinished"),
         *("inference", "calibrating"),
     },
     "evaluating": {
