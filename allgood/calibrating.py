@@ -175,13 +175,16 @@ def _unseen(
 
 
 def split_for_calibration(
-    samples: Sequence[Sample], share: float, max_false_alarm: float, seed: int
+    samples: Sequence[Sample], share: float, max_false_alarm: float, seed: int, *, strict: bool
 ) -> tuple[list[Sample], list[Sample]]:
     """Good pictures for fitting, and those kept from it for the thresholds.
 
     Per category the first of a seeded order of groups (or pictures), until `share` of the pictures
     and enough for the promised rate are held out. A category that would give up more than half of
     its pictures keeps them all, stays uncalibrated, and is named on stderr.
+
+    Raises:
+        InputError: with `strict`, where a category would stay uncalibrated.
     """
     from allgood.calibration import pictures_needed
     from allgood.progress import say
@@ -208,12 +211,15 @@ def split_for_calibration(
             held.add(group)
             taken += len(groups[group])
         if taken < wanted or taken > len(own) / 2:
-            say(
-                f"category '{category}' stays uncalibrated: a false-alarm rate of "
-                f"{max_false_alarm:g} keeps {max(wanted, taken)} good pictures from fitting, more "
-                f"than half of its {len(own)}; give more pictures, promise a larger rate with "
-                "--max-false-alarm, or see `allgood calibrate`"
+            reason = (
+                f"a false-alarm rate of {max_false_alarm:g} keeps {max(wanted, taken)} good "
+                f"pictures of category '{category}' from fitting, more than half of its "
+                f"{len(own)}: give more pictures, promise a larger rate with --max-false-alarm, "
+                "or fit with --calibration-share 0 and see `allgood calibrate`"
             )
+            if strict:
+                raise InputError(reason)
+            say(f"'{category}' stays uncalibrated: {reason}")
             held = set()
         for name, members in groups.items():
             (held_out if name in held else fitting).extend(members)

@@ -24,7 +24,8 @@ COMMANDS = {
     "calibrate": "set alarm thresholds from good pictures, with a promised false-alarm rate",
     "inspect": "judge pictures: one JSON line each",
     "evaluate": "measure a run on test pictures: table, metrics.json, report.html",
-    "list": "name the detectors, encoders or data layouts",
+    "convert": "make a run of an official checkpoint",
+    "list": "name the detectors, encoders, recipes or data layouts",
 }
 
 
@@ -36,6 +37,7 @@ def inspect(
     overlays: Path | None = None,
     batch_size: int = 8,
     device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> None:
     """Judge pictures and print one JSON line for each; pictures that cannot be read come last.
 
@@ -46,6 +48,7 @@ def inspect(
         overlays: folder for heat maps over the pictures, in their own size.
         batch_size: pictures that pass the network together.
         device: auto, cpu or cuda.
+        precision: of the network; bf16 is faster where the processor knows it.
     """
     from allgood.data.images import read_image
     from allgood.inference import Inspector, picture_files
@@ -54,7 +57,7 @@ def inspect(
     if not paths:
         raise InputError("no pictures given: name files or folders after the run")
     overlay_of = _overlay_files(paths, overlays) if overlays is not None else {}
-    inspector = Inspector(run, device=device)
+    inspector = Inspector(run, device=device, precision=precision)
     for inspection in inspector.inspect(paths, category=category, batch_size=batch_size):
         if inspection.path in overlay_of and inspection.error is None:
             overlay = inspector.overlay(inspection, read_image(inspection.path))
@@ -62,14 +65,17 @@ def inspect(
         print(_json_line(inspection.to_json()), flush=True)
 
 
-def list_(what: Literal["detectors", "encoders", "datasets"]) -> None:
+def list_(what: Literal["detectors", "encoders", "recipes", "datasets"]) -> None:
     """Name what can be asked for.
 
     Args:
-        what: detectors (for --detector), encoders (for --encoder) or datasets (for --layout).
+        what: detectors (for --detector), encoders (for --encoder), recipes (for --recipe, with
+            the numbers their papers report) or datasets (for --layout).
     """
-    for name, description in _listing(what).items():
-        print(f"{name:<44} {description}" if what == "encoders" else f"{name:<14} {description}")
+    listing = _listing(what)
+    width = max(len(name) for name in listing)
+    for name, description in listing.items():
+        print(f"{name:<{width}}  {description}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = _call(words[0], words[1:])
         if result is not None:
-            print(result)
+            from allgood.progress import is_first_process
+
+            if is_first_process():
+                print(result)
     except InputError as error:
         print(f"allgood: {error}", file=sys.stderr)
         return 2
@@ -188,6 +197,10 @@ def _command(name: str) -> Callable[..., Any]:
             from allgood.demo import demo
 
             return demo
+        case "convert":
+            from allgood.convert import convert
+
+            return convert
         case "inspect":
             return inspect
         case "list":
@@ -220,6 +233,10 @@ def _listing(what: str) -> dict[str, str]:
         from allgood.encoders import RECOMMENDED
 
         return RECOMMENDED
+    if what == "recipes":
+        from allgood.recipes import RECIPES
+
+        return {name: recipe.describe() for name, recipe in RECIPES.items()}
     from allgood.data.readers import LAYOUTS
 
     return {name: layout.description for name, layout in LAYOUTS.items()}

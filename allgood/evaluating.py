@@ -435,6 +435,9 @@ def _protocol(
         f"One model over {len(inspector.categories)} categories, fitted on "
         f"{config['data']['fitted_pictures']} good pictures; no defective picture and no test "
         "picture was used in fitting or in setting thresholds."
+        if "official" not in config
+        else f"One model over {len(inspector.categories)} categories, converted from "
+        f"{config['official']}; which pictures it was trained on is not recorded."
     ]
     if inspector.calibration is not None:
         count = sum(map(len, inspector.calibration.image_scores.values()))

@@ -5,7 +5,6 @@ settings resolved -> folder prepared -> detector fitted -> files written -> cali
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -13,7 +12,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from allgood.types import InputError
 
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from allgood.data.transforms import Transform
     from allgood.encoders.frozen import FrozenEncoder
     from allgood.layers.patch_store import PatchStore
+    from allgood.learning import Training
+    from allgood.recipes import Recipe
     from allgood.types import Batch, Failure, Sample
 
 ROTATIONS = (0, 45, 90, 135, 180, 225, 270, 315)
@@ -33,26 +34,37 @@ ROTATIONS = (0, 45, 90, 135, 180, 225, 270, 315)
 def fit(
     data: list[Path],
     *,
-    detector: str = "patchcore",
-    encoder: str = "efficientnet_lite0",
+    recipe: str | None = None,
+    detector: str | None = None,
+    encoder: str | None = None,
     out: Path = Path("run"),
     levels: tuple[int, ...] | None = None,
     weights: str = "pretrained",
     image_size: int | None = None,
+    crop: int | None = None,
     keep_aspect: bool | None = None,
     tile: int | None = None,
     ignore: Path | None = None,
     layout: str | None = None,
+    categories: tuple[str, ...] | None = None,
+    per_category: bool = False,
     train_share: float = 0.8,
     shots: int | None = None,
     rotate: bool | None = None,
     settings: tuple[str, ...] = (),
+    train: tuple[str, ...] = (),
+    cache: Path | None = None,
+    no_cache: bool = False,
+    tensorboard: Path | None = None,
     calibration_share: float = 0.15,
-    max_false_alarm: float = 0.05,
+    max_false_alarm: float | None = None,
     memory_gb: float = 2.0,
     batch_size: int = 8,
     seed: int = 0,
     device: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Learn what is good, from pictures of good parts of one or many categories.
@@ -61,27 +73,43 @@ def fit(
 
     Args:
         data: folders or manifests; several make one multi-category set. `elpv` is the demo's set.
-        detector: one of `allgood list detectors`.
+        recipe: complete settings of a paper's experiment, one of `allgood list recipes`; default:
+            the detector's own. Whatever else is given replaces a part of it.
+        detector: one of `allgood list detectors`; default: patchcore, or the recipe's.
         encoder: `efficientnet_lite0` (embedded) or any timm backbone; see `allgood list encoders`.
         out: folder of the run.
-        levels: feature levels by timm's index; default: strides 8 and 16, or a ViT's last block.
+        levels: feature levels by timm's index; default: strides 8 and 16, or a ViT's last block;
+            for dinomaly the eight middle blocks.
         weights: pretrained, random, or a local file.
         image_size: side of the network's input in pixels (with keep-aspect the shorter side).
+        crop: side of the square that is then cut from the middle; the default goes with the
+            default image-size only.
         keep_aspect: keep the picture's aspect ratio instead of squashing it to a square.
         tile: read large inputs in overlapping tiles of this side.
         ignore: a mask (white: nobody should look there) for all pictures, or a folder of
             CATEGORY.png.
         layout: how the data lie on disk, where it is not recognised; see `allgood list datasets`.
+        categories: learn only these; default: all that the data hold.
+        per_category: one model per category, in OUT/CATEGORY, instead of one for all.
         train_share: share of the good pictures that is for fitting, where disk does not say.
         shots: use only this many good pictures per category (few-shot; the seed picks which).
         rotate: also learn 7 rotated copies of each picture; default: with anomalydino and shots.
         settings: of the detector, as name=value, e.g. bank=per_category coreset_ratio=0.1.
+        train: of the training, as name=value, e.g. steps=5000 precision=bf16.
+        cache: folder for the frozen features of all trainings; default: in the user's cache folder.
+        no_cache: run the encoder in every step of a training instead.
+        tensorboard: folder for TensorBoard's files.
         calibration_share: share of the good pictures kept from fitting for the thresholds.
-        max_false_alarm: share of good pictures that may raise an alarm.
+        max_false_alarm: share of good pictures that may raise an alarm; default 0.05, and no
+            thresholds for a category that has too few pictures to promise it.
         memory_gb: what fitting may take in memory.
         batch_size: pictures that pass the network together.
         seed: of all random choices.
         device: auto, cpu or cuda.
+        devices: processes of a training, each with a device of its own.
+        nodes: machines of a training, which see the same folders; start the command on each.
+        resume: go on with an unfinished fit, and refuse where there is none. The same command
+            without it does so too.
         overwrite: replace a run that stands in the folder.
 
     Returns:
@@ -90,51 +118,65 @@ def fit(
     Raises:
         InputError: anything given that cannot be used, in one sentence.
     """
-    started = time.monotonic()
     arguments = dict(locals())
+    started = time.monotonic()
     from allgood.calibrating import split_for_calibration
     from allgood.data.fingerprint import digests, fingerprint
     from allgood.detectors import detector_classes
     from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
     from allgood.encoders.tiled import tiled
+    from allgood.ignored import read_given
     from allgood.inference import choose_device, require_at_least
+    from allgood.recipes import configured
     from allgood.runs import FORMAT, command_line
-    from allgood.unfinished import refuse_folder
+    from allgood.types import Learner
+    from allgood.unfinished import is_unfinished, refuse_folder
 
     # Everything asked for is resolved and checked here, and nothing is written yet.
     out = Path(out)
     roots = [data] if isinstance(data, str | Path) else list(data)
     require_at_least(1, batch_size=batch_size, image_size=image_size, tile=tile, shots=shots)
+    require_at_least(1, crop=crop, devices=devices, nodes=nodes)
     require_at_least(0, seed=seed)
     require_at_least(0.5, memory_gb=memory_gb)
+    chosen_recipe = _resolved_recipe(recipe, detector, encoder, levels)
+    if per_category or chosen_recipe.per_category:
+        return _fit_each(roots, arguments)
     refuse_folder(out, overwrite)
-    config_class, detector_class = detector_classes(detector)
-    detector_config = parse_settings(config_class, settings)
-    where = choose_device(device)
-    dataset = _read_good(roots, layout, train_share, seed)
+    if resume and not is_unfinished(out):
+        raise InputError(f"'{out}' holds no unfinished fit: leave out --resume")
+    config_class, detector_class = detector_classes(chosen_recipe.detector)
+    detector_config = configured(config_class, chosen_recipe.settings, settings)
+    dataset = _read_good(roots, layout, categories, train_share, seed)
+    promised = 0.05 if max_false_alarm is None else max_false_alarm
     if shots is None:
         chosen, held_out = split_for_calibration(
-            dataset.train, calibration_share, max_false_alarm, seed
+            dataset.train, calibration_share, promised, seed, strict=max_false_alarm is not None
         )
     else:
         chosen, held_out = few_shots(dataset, shots, seed), []
-    categories = tuple(sorted({sample.category for sample in chosen}))
+    learned = tuple(sorted({sample.category for sample in chosen}))
     if weights not in ("pretrained", "random"):
         weights = os.path.abspath(weights)  # the run must find them from everywhere
-    encoder_config = EncoderConfig(encoder, levels, weights, norm=detector == "anomalydino")
+    encoder_config = EncoderConfig(
+        chosen_recipe.encoder, chosen_recipe.levels, weights, norm=chosen_recipe.norm
+    )
     frozen = FrozenEncoder(encoder_config)
-    transform = _transform(detector, frozen, image_size, keep_aspect)
-    model = detector_class(detector_config, tiled(frozen, tile), categories, seed=seed)
+    encoder_config = replace(encoder_config, levels=frozen.levels)
+    transform = _transform(chosen_recipe, frozen, image_size, crop, keep_aspect)
+    model = detector_class(detector_config, tiled(frozen, tile), learned, seed=seed)
     if rotate is None:
-        rotate = detector == "anomalydino" and shots is not None
+        rotate = chosen_recipe.detector == "anomalydino" and shots is not None
     angles = ROTATIONS if rotate else (0,)
+    ignore_of = read_given(ignore, dataset.categories)
     config: dict[str, Any] = {
         "format": FORMAT,
-        "detector": {"name": detector, "settings": asdict(detector_config)},
+        "recipe": recipe,
+        "detector": {"name": chosen_recipe.detector, "settings": asdict(detector_config)},
         "encoder": {"settings": encoder_config.to_json(), "digest": frozen.digest},
         "transform": transform.to_json(),
         "tile": tile,
-        "categories": list(categories),
+        "categories": list(learned),
         "seed": seed,
         "data": {
             "roots": [str(root) for root in roots],
@@ -150,6 +192,31 @@ def fit(
         "memory_gb": memory_gb,
         "batch_size": batch_size,
     }
+    training = None
+    if isinstance(model, Learner):
+        if rotate or transform.keep_aspect:
+            raise InputError(
+                f"{chosen_recipe.detector} is trained on upright pictures of one size: "
+                "leave out --rotate and --keep-aspect"
+            )
+        from allgood.learning import default_cache_root, open_training
+        from allgood.training.config import TrainConfig
+
+        training = open_training(
+            configured(TrainConfig, chosen_recipe.train, train),
+            cache_root=None if no_cache else cache or default_cache_root(),
+            device=device,
+            devices=devices,
+            nodes=nodes,
+            tensorboard=tensorboard,
+        )
+        config["train"] = asdict(training.config) | {"processes": devices * nodes}
+    elif train or devices * nodes > 1:
+        raise InputError(
+            f"{chosen_recipe.detector} is not trained, it only reads the pictures once: "
+            "leave out --train, --devices and --nodes"
+        )
+    where = choose_device(device) if training is None else training.fabric.device
     facts: dict[str, Any] = {
         "command": command_line(fit, arguments),
         "data_fingerprint": fingerprint([*chosen, *held_out]),
@@ -164,88 +231,82 @@ def fit(
         samples=chosen,
         held_out=held_out,
         angles=angles,
-        ignore_of=_ignore_masks(ignore, categories),
+        ignore_of=ignore_of,
         batch_size=batch_size,
         seed=seed,
         # Half of the budget: the rest is for the network, the pictures in flight and the choice.
         budget_bytes=int(memory_gb / 2 * 2**30),
-        max_false_alarm=max_false_alarm,
+        training=training,
+        max_false_alarm=promised,
         device=device,
         config=config,
         facts=facts,
         started=started,
     )
     _make_run(out, job, overwrite)
-    _say_result(out)
+    return out
+
+
+def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path:
+    """One run per category, in OUT/CATEGORY; those that are finished stay."""
+    from allgood.progress import say
+    from allgood.runs import CONFIG
+
+    asked = dict(arguments)
+    out = Path(asked["out"])
+    dataset = _read_good(
+        roots, asked["layout"], asked["categories"], asked["train_share"], asked["seed"]
+    )
+    for category in sorted({sample.category for sample in dataset.train}):
+        folder = out / category
+        if (folder / CONFIG).is_file() and not asked["overwrite"]:
+            say(f"{folder} is finished")
+            continue
+        say(f"category {category}")
+        one = {"per_category": False, "categories": (category,), "out": folder}
+        fit(**asked | one)
     return out
 
 
 def _make_run(out: Path, job: _Job, overwrite: bool) -> None:
     """Fit, write, calibrate in state/run, then move the new run into place.
 
-    The same request goes on with what a killed fit left there.
+    The same request goes on with what a killed fit left there. Of several processes the first does
+    all but the training alone.
     """
-    from allgood.runs import is_finished, publish
+    from allgood.runs import STATE, is_finished, publish
     from allgood.unfinished import open_state, withdraw
 
-    state = open_state(out, job.request(), overwrite)
+    fabric = None if job.training is None else job.training.fabric
+    first = fabric is None or fabric.is_global_zero
+    state = open_state(out, job.request(), overwrite) if first else out / STATE
     new = state / "run"
     try:
-        if not is_finished(new):
-            failures = _fit_detector(job, state / "patches")
-            _write_run(new, job, failures)
-        shutil.rmtree(state / "patches", ignore_errors=True)
+        finished = first and is_finished(new)
+        if fabric is not None:
+            finished = fabric.broadcast(finished)
+        if not finished:
+            failures = (
+                _fit_bank(job, state / "patches")
+                if job.training is None
+                else _learn(job, job.training, state / "training")
+            )
+            if first:
+                _write_run(new, job, failures, state / "training")
+        if not first:
+            return
+        for name in ("patches", "training"):
+            shutil.rmtree(state / name, ignore_errors=True)
         publish(new, out)
     except InputError:  # the user must change something, so there is nothing to go on with
-        withdraw(out)
+        if first:
+            withdraw(out)
         raise
     except OSError as error:
         error.filename = error.filename or str(state)
         raise
     shutil.rmtree(state)
-
-
-def parse_settings(config_class: type, settings: Sequence[str]) -> Any:
-    """A detector's config from `name=value` words.
-
-    Raises:
-        InputError: an unknown name (the nearest is suggested) or a value of another type.
-    """
-    from typing import get_args, get_origin, get_type_hints
-
-    from allgood.data.files import did_you_mean
-
-    hints = get_type_hints(config_class)
-    values: dict[str, Any] = {}
-    for word in settings:
-        name, equals, text = word.partition("=")
-        if name not in hints:
-            raise InputError(
-                f"unknown setting '{name}'{did_you_mean(name, list(hints)) or ';'} "
-                f"known: {', '.join(hints)}"
-            )
-        if not equals:
-            raise InputError(f"setting '{word}' has no value: write {name}=VALUE")
-        hint = hints[name]
-        options = get_args(hint)
-        if type(None) in options:
-            if text.lower() == "none":
-                values[name] = None
-                continue
-            hint = next(option for option in options if option is not type(None))
-        if get_origin(hint) is not None:  # Literal
-            if text not in options:
-                raise InputError(
-                    f"setting {name} must be one of {', '.join(options)}, got '{text}'"
-                )
-            values[name] = text
-            continue
-        try:
-            values[name] = hint(text)
-        except ValueError:
-            kind = "a whole number" if hint is int else "a number"
-            raise InputError(f"setting {name} must be {kind}, got '{text}'") from None
-    return config_class(**values)
+    _say_result(out)
 
 
 def few_shots(dataset: Dataset, shots: int, seed: int) -> list[Sample]:
@@ -281,6 +342,8 @@ class _Job:
     seed: int
     budget_bytes: int
     """What the patches may take in memory."""
+    training: Training | None
+    """How a detector learns by gradient; None: it only reads the pictures."""
     max_false_alarm: float
     device: str
     config: dict[str, Any]
@@ -291,15 +354,44 @@ class _Job:
 
     def request(self) -> dict[str, Any]:
         """What a killed fit must agree in to be gone on with."""
+        from allgood.ignored import digests
+
         return self.config | {
             "fingerprint": self.facts["data_fingerprint"],
             "max_false_alarm": self.max_false_alarm,
-            "ignore": _digest(self.ignore_of),
+            "ignore": digests(self.ignore_of),
         }
 
 
+def _resolved_recipe(
+    name: str | None,
+    detector: str | None,
+    encoder: str | None,
+    levels: tuple[int, ...] | None,
+) -> Recipe:
+    """The recipe named, or the detector's own, with what the user says otherwise."""
+    from allgood.detectors import detector_classes
+    from allgood.recipes import find_recipe
+
+    if name is None:
+        detector = detector or "patchcore"
+        detector_classes(detector)  # so that the user reads of detectors, not of recipes
+    recipe = find_recipe(name or detector or "")
+    if detector is not None and detector != recipe.detector:
+        raise InputError(
+            f"recipe '{name}' is one of {recipe.detector}, not of {detector}: leave out --detector"
+        )
+    if encoder is not None:
+        recipe = replace(recipe, encoder=encoder)
+    return recipe if levels is None else replace(recipe, levels=levels)
+
+
 def _read_good(
-    roots: Sequence[str | Path], layout: str | None, train_share: float, seed: int
+    roots: Sequence[str | Path],
+    layout: str | None,
+    categories: Sequence[str] | None,
+    train_share: float,
+    seed: int,
 ) -> Dataset:
     """The data, described on stderr; there is something to learn from."""
     from allgood.data.readers import read_data
@@ -311,13 +403,45 @@ def _read_good(
             f"{', '.join(map(str, roots))}: no good pictures to fit on; "
             "the layouts that are understood: allgood list datasets"
         )
+    if categories is not None:
+        dataset = dataset.only(categories)
     say(dataset.describe())
     if dataset.untrained:
         say(f"without good pictures, and so not learned: {', '.join(dataset.untrained)}")
     return dataset
 
 
-def _fit_detector(job: _Job, folder: Path) -> list[Failure]:
+def _learn(job: _Job, training: Training, folder: Path) -> list[Failure]:
+    """Train the model, going on with what a killed training left in the folder.
+
+    Returns:
+        the pictures that could not be read.
+    """
+    from allgood.data.fingerprint import fingerprint
+    from allgood.ignored import digests
+    from allgood.learning import Pictures, learn
+
+    key = {
+        "pictures": fingerprint(job.samples),
+        "encoder": job.config["encoder"],
+        "transform": job.config["transform"],
+        "ignore": digests(job.ignore_of),
+        "encoding": job.model.encoding,
+    }
+    failures = learn(
+        job.model,
+        Pictures(job.samples, job.transform, job.ignore_of),
+        training,
+        folder=folder,
+        cache_key=key,
+        batch_size=job.batch_size,
+        seed=job.seed,
+    )
+    _require_readable(job.samples, failures)
+    return failures
+
+
+def _fit_bank(job: _Job, folder: Path) -> list[Failure]:
     """Fit the model, going on with what a killed fit left in the store's folder.
 
     Returns:
@@ -348,15 +472,12 @@ def _fit_detector(job: _Job, folder: Path) -> list[Failure]:
 
 def _batches(job: _Job, store: PatchStore, failures: list[Failure]) -> Generator[Batch]:
     """Batches that the store has not seen yet; each counts as seen when the next is asked for."""
-    import torch
-
     from allgood.data.batches import load_batches
-    from allgood.inference import hide, ignore_masks
+    from allgood.ignored import hide, to_inputs
     from allgood.progress import bar
 
-    samples, categories = job.samples, job.model.categories
+    samples = job.samples
     place = {(sample.category, sample.id): i for i, sample in enumerate(samples)}
-    index = {name: i for i, name in enumerate(categories)}
     device = next(iter(job.model.buffers())).device
     total = len(samples) * len(job.angles)
     position = store.position
@@ -377,11 +498,9 @@ def _batches(job: _Job, store: PatchStore, failures: list[Failure]) -> Generator
             ):
                 image, ignore = batch.image.to(device), None
                 if job.ignore_of:
-                    category = torch.tensor([index[sample.category] for sample in batch.sample])
-                    masks = ignore_masks(
-                        job.ignore_of, categories, category, batch.original_size, turned
-                    )
-                    ignore = masks.to(device)
+                    names = [sample.category for sample in batch.sample]
+                    ignore = to_inputs(job.ignore_of, names, batch.original_size, turned)
+                    ignore = ignore.to(device)
                     image = hide(image, ignore)
                 yield replace(batch, image=image, ignore=ignore)
                 last = batch.sample[-1]
@@ -402,28 +521,27 @@ def _require_readable(samples: Sequence[Sample], failures: Sequence[Failure]) ->
             )
 
 
-def _write_run(new: Path, job: _Job, failures: Sequence[Failure]) -> None:
+def _write_run(new: Path, job: _Job, failures: Sequence[Failure], training: Path) -> None:
     """All files of the run, the thresholds among them."""
     from allgood.calibrating import calibrate_on
-    from allgood.inference import own_weights
+    from allgood.ignored import write_masks
+    from allgood.own_state import own_state
     from allgood.runs import (
         CONFIG,
-        IGNORE,
         PROVENANCE,
+        TRAINING_LOG,
         WEIGHTS,
         finish,
-        ignore_file,
         provenance,
         write_json,
         write_weights,
     )
 
     new.mkdir(exist_ok=True)
-    write_weights(new / WEIGHTS, own_weights(job.model))
-    if job.ignore_of:
-        (new / IGNORE).mkdir(exist_ok=True)
-    for name, mask in job.ignore_of.items():
-        _write_mask(ignore_file(new, name), mask)
+    write_weights(new / WEIGHTS, own_state(job.model))
+    write_masks(new, job.ignore_of)
+    if job.training is not None:
+        shutil.copyfile(training / "log.jsonl", new / TRAINING_LOG)
     fitted = {"fitted_pictures": len(job.samples) - len(failures)}
     write_json(new / CONFIG, {**job.config, "data": job.config["data"] | fitted})
     unreadable = [*failures]
@@ -456,75 +574,31 @@ def _say_result(out: Path) -> None:
 
 
 def _transform(
-    detector: str, encoder: FrozenEncoder, image_size: int | None, keep_aspect: bool | None
+    recipe: Recipe,
+    encoder: FrozenEncoder,
+    image_size: int | None,
+    crop: int | None,
+    keep_aspect: bool | None,
 ) -> Transform:
-    """Each paper's own input geometry where the user says nothing."""
+    """The recipe's input geometry, or the user's."""
     from allgood.data.transforms import Transform
 
     multiple = encoder.multiple
-    interpolation: Literal["bilinear", "bicubic"]
-    if detector == "anomalydino":
-        size, keep, interpolation = image_size or 448, keep_aspect is not False, "bicubic"
-    else:
-        size, keep, interpolation = image_size or 256, bool(keep_aspect), "bilinear"
+    keep = recipe.keep_aspect if keep_aspect is None else keep_aspect
     if image_size is None:
+        size, recipe_crop = recipe.image_size, recipe.crop
+        if recipe.patch is not None and encoder.is_vit:  # as many patches as the paper has
+            size = size * multiple // recipe.patch
+            recipe_crop = recipe_crop and recipe_crop * multiple // recipe.patch
         size -= size % multiple
-    elif size < multiple or (size % multiple and not keep):
-        lower = size - size % multiple
-        near = f"{lower} or {lower + multiple}" if lower else str(multiple)
-        raise InputError(
-            f"image_size must be a multiple of {multiple} for encoder '{encoder.config.name}', "
-            f"got {size}: take {near}"
-        )
-    return Transform(size, keep, multiple, interpolation=interpolation)
-
-
-# -- ignored regions -----------------------------------------------------------------------------
-
-
-def _ignore_masks(ignore: Path | None, categories: Sequence[str]) -> dict[str, np.ndarray]:
-    """Per category (H, W) bool; a single file is for all of them."""
-    from allgood.data.files import pictures_in
-    from allgood.data.images import read_image
-
-    def read(path: Path) -> np.ndarray:
-        mask = read_image(path).max(axis=2) >= 128  # not > 0: a JPEG's black is not all black
-        if mask.mean() > 0.98:
+        crop = crop or recipe_crop
+    else:
+        size = image_size
+        if crop is None and (size < multiple or (size % multiple and not keep)):
+            lower = size - size % multiple
+            near = f"{lower} or {lower + multiple}" if lower else str(multiple)
             raise InputError(
-                f"{path}: is white all over, so nothing is left to look at; paint white only "
-                "what is to be ignored"
+                f"image_size must be a multiple of {multiple} for encoder "
+                f"'{encoder.config.name}', got {size}: take {near}"
             )
-        return mask
-
-    if ignore is None:
-        return {}
-    ignore = Path(ignore)
-    if not ignore.is_dir():
-        return dict.fromkeys(categories, read(ignore))
-    files = {path.stem: path for path in pictures_in(ignore)}
-    unknown = [name for name in files if name not in categories]
-    if unknown or not files:
-        raise InputError(
-            f"{ignore}: expected masks named after categories ({', '.join(categories)}), "
-            f"found {unknown[0] if unknown else 'none'}"
-        )
-    return {name: read(path) for name, path in files.items()}
-
-
-def _write_mask(path: Path, mask: np.ndarray) -> None:
-    import io
-
-    from PIL import Image
-
-    from allgood.runs import write_bytes
-
-    buffer = io.BytesIO()
-    Image.fromarray(mask).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
-
-
-def _digest(masks: Mapping[str, np.ndarray]) -> dict[str, str]:
-    return {
-        name: hashlib.blake2b(mask.tobytes() + str(mask.shape).encode(), digest_size=8).hexdigest()
-        for name, mask in masks.items()
-    }
+    return Transform(size, keep, multiple, crop, interpolation=recipe.interpolation)

@@ -5,10 +5,10 @@ read (threads) -> transform -> detector.predict -> calibration -> scores, and bo
 picture's own pixels
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,17 +18,19 @@ from torch import Tensor
 from allgood.calibration import Calibration
 from allgood.data.batches import MaskSize, load_batches
 from allgood.data.files import did_you_mean, pictures_below
-from allgood.data.images import read_image, shown
+from allgood.data.images import shown
 from allgood.data.transforms import Box, Transform
 from allgood.detectors import detector_classes
 from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
 from allgood.encoders.tiled import tiled
 from allgood.evaluation.overlay import heat_overlay
+from allgood.ignored import hide, read_masks, to_inputs
+from allgood.own_state import load_own_state
 from allgood.runs import (
     CALIBRATION,
     CONFIG,
+    ENCODER,
     WEIGHTS,
-    ignore_file,
     read_config,
     read_json,
     read_weights,
@@ -106,12 +108,20 @@ class Inspector:
         calibration: thresholds, or None before calibration.
     """
 
-    def __init__(self, run: str | Path, *, device: str = "auto") -> None:
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        device: str = "auto",
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
         """Load a run.
 
         Args:
             run: folder written by `allgood.fit`.
             device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+            precision: of the network's matrix products. bf16 is faster where the processor knows
+                it, and moves scores a little; distances and thresholds stay fp32.
 
         Raises:
             InputError: no such run, unfinished, damaged, or of another version.
@@ -119,6 +129,7 @@ class Inspector:
         self.run = Path(run)
         self.config = read_config(self.run)
         self.device = choose_device(device)
+        self.precision = precision
         try:
             self._build()
         except (KeyError, TypeError, AttributeError) as error:
@@ -128,7 +139,7 @@ class Inspector:
             ) from error
         load_weights(self.detector, self.run / WEIGHTS)
         self.detector.to(self.device).eval()
-        self.ignore = _read_ignore(self.run, self.categories)
+        self.ignore = read_masks(self.run, self.categories)
         masks = list(self.ignore.values())
         self._same_ignore = len(masks) == len(self.categories) and all(
             np.array_equal(mask, masks[0]) for mask in masks
@@ -140,7 +151,10 @@ class Inspector:
         config = self.config
         self.categories: tuple[str, ...] = tuple(config["categories"])
         self.transform = Transform.from_json(config["transform"])
-        encoder = FrozenEncoder(EncoderConfig.from_json(config["encoder"]["settings"]))
+        encoder_config = EncoderConfig.from_json(config["encoder"]["settings"])
+        if encoder_config.weights == ENCODER:  # a converted run brings its encoder along
+            encoder_config = replace(encoder_config, weights=str(self.run / ENCODER))
+        encoder = FrozenEncoder(encoder_config)
         if encoder.digest != config["encoder"]["digest"]:
             raise InputError(
                 f"run '{self.run}' was fitted with other weights of '{encoder.config.name}' than "
@@ -236,17 +250,20 @@ class Inspector:
                 ignored_as = torch.zeros(len(image), dtype=torch.int64)
             elif ignored_as is None:  # the regions depend on the category: infer it first
                 ignored_as = category = self.detector.predict(image).category
-            masks = ignore_masks(
-                self.ignore, self.categories, ignored_as, batch.original_size, self.transform
-            )
+            names = [self.categories[index] for index in ignored_as.tolist()]
+            masks = to_inputs(self.ignore, names, batch.original_size, self.transform)
             ignore = masks.to(self.device)
             image = hide(image, ignore)
-        prediction = self.detector.predict(
-            image,
-            None if category is None else category.to(self.device),
-            ignore=ignore,
-            map_size=map_size,
+        bf16 = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False
         )
+        with bf16:
+            prediction = self.detector.predict(
+                image,
+                None if category is None else category.to(self.device),
+                ignore=ignore,
+                map_size=map_size,
+            )
         return Prediction(
             prediction.anomaly_map.float().cpu(),
             prediction.image_score.float().cpu(),
@@ -355,26 +372,18 @@ def picture_files(paths: Iterable[str | Path] | str | Path) -> Iterator[Path]:
 
 
 def load_weights(detector: torch.nn.Module, path: Path) -> None:
-    """Fill a detector's own buffers and parameters; the frozen encoder's are not among them.
+    """Fill a detector's own parameters and buffers.
 
     Raises:
         InputError: the file is missing, torn, or holds the weights of another detector.
     """
     state = read_weights(path)
-    if state.keys() != own_weights(detector).keys():
-        raise InputError(f"{path} holds the weights of another detector: fit the run again")
-    for name, tensor in state.items():
-        owner_name, _, last = name.rpartition(".")
-        setattr(detector.get_submodule(owner_name), last, tensor)
-
-
-def own_weights(detector: torch.nn.Module) -> dict[str, Tensor]:
-    """What a run saves: everything but the frozen encoder."""
-    return {
-        name: tensor
-        for name, tensor in detector.state_dict().items()
-        if not name.startswith("encoder.")
-    }
+    try:
+        load_own_state(detector, state)
+    except ValueError as error:
+        raise InputError(
+            f"{path} holds the weights of another detector ({error}): fit the run again"
+        ) from error
 
 
 def choose_device(device: str) -> torch.device:
@@ -394,43 +403,6 @@ def require_at_least(least: float, **numbers: float | None) -> None:
     for name, number in numbers.items():
         if number is not None and not number >= least:
             raise InputError(f"{name} must be at least {least:g}, got {number:g}")
-
-
-def ignore_masks(
-    ignore: Mapping[str, np.ndarray],
-    categories: Sequence[str],
-    category: Tensor,
-    original_sizes: Sequence[tuple[int, int]],
-    transform: Transform,
-) -> Tensor:
-    """(B, 1, h, w) bool: each category's mask, scaled to each picture and through its transform.
-
-    Args:
-        ignore: (H', W') bool by category, of any size; a category may lack one.
-        category: (B,) index into `categories`.
-        original_sizes: (height, width) of each picture.
-    """
-    masks = []
-    for index, size in zip(category.tolist(), original_sizes, strict=True):
-        mask = ignore.get(categories[index], np.zeros((1, 1), dtype=bool))
-        rows = np.arange(size[0]) * mask.shape[0] // size[0]
-        columns = np.arange(size[1]) * mask.shape[1] // size[1]
-        masks.append(transform.mask_to_input(mask[np.ix_(rows, columns)]))
-    return torch.stack(masks)[:, None]
-
-
-def hide(image: Tensor, ignore: Tensor) -> Tensor:
-    """The image (B, 3, H, W) with grey where nobody should look (B, 1, H, W).
-
-    The network looks far beyond one patch: left as it is, what stands in the ignored region would
-    be felt around it.
-    """
-    return image.masked_fill(ignore, 0.5)
-
-
-def _read_ignore(run: Path, categories: Sequence[str]) -> dict[str, np.ndarray]:
-    files = {name: ignore_file(run, name) for name in categories}
-    return {name: read_image(path)[..., 0] > 0 for name, path in files.items() if path.is_file()}
 
 
 def _read_calibration(path: Path) -> Calibration | None:

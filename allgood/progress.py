@@ -1,12 +1,20 @@
 """Progress bars on stderr, with rate and time left; one plain line where stderr is no terminal."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(stderr=True)
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all that train together; torchrun and Lightning Fabric
+    number them."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+console = Console(stderr=True, quiet=not is_first_process())
 
 
 class Bar:
@@ -14,11 +22,13 @@ class Bar:
 
     def __init__(self, progress: Progress, text: str, total: int) -> None:
         self._progress = progress
+        self._text = text
         self._task = progress.add_task(text, total=total)
 
-    def at(self, done: int, total: int | None = None) -> None:
-        """So much is done; `total` where it has changed."""
-        self._progress.update(self._task, completed=done, total=total)
+    def at(self, done: int, total: int | None = None, *, note: str | None = None) -> None:
+        """So much is done; `total` where it has changed, `note` to stand behind the text."""
+        text = None if note is None else f"{self._text}, {note}"
+        self._progress.update(self._task, completed=done, total=total, description=text)
 
 
 @contextmanager

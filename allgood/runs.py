@@ -2,6 +2,8 @@
 
 config.json         resolved settings; moved in last, so a folder that has it is complete
 weights.safetensors trained weights and memory banks; never the frozen encoder's
+encoder.safetensors the frozen encoder's weights, in converted runs only
+training.jsonl      loss and rate while it was trained, one JSON line per report
 ignore/             masks of regions that nobody should look at, one PNG per category
 calibration.json    good scores and thresholds per category, and the promise made
 provenance.json     versions, git revision, data fingerprint, command, unreadable pictures, time
@@ -36,11 +38,13 @@ WEIGHTS = "weights.safetensors"
 CALIBRATION = "calibration.json"
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
+ENCODER = "encoder.safetensors"
+TRAINING_LOG = "training.jsonl"
 REPORT = "report.html"
 IGNORE = "ignore"
 STATE = "state"
 
-_PARTS = (WEIGHTS, IGNORE, CALIBRATION, PROVENANCE, METRICS, REPORT)
+_PARTS = (WEIGHTS, ENCODER, IGNORE, CALIBRATION, PROVENANCE, TRAINING_LOG, METRICS, REPORT)
 """Everything that belongs to one fit, but for the config, which stands for the whole."""
 _FINISHED = "finished.json"
 """In a new run's folder: names the files of the run, once all of them are there."""

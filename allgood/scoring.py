@@ -24,9 +24,7 @@ def gaussian_smooth(anomaly_map: Tensor, sigma: float, *, truncate: float = 4.0)
     if sigma <= 0:
         return anomaly_map
     radius = int(truncate * sigma + 0.5)
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).to(anomaly_map)
+    kernel = gaussian_kernel(sigma, radius).to(anomaly_map)
     for axis in (-2, -1):
         size = anomaly_map.shape[axis]
         index = _reflected(torch.arange(-radius, size + radius), size).to(anomaly_map.device)
@@ -34,6 +32,13 @@ def gaussian_smooth(anomaly_map: Tensor, sigma: float, *, truncate: float = 4.0)
         shape = (1, 1, -1, 1) if axis == -2 else (1, 1, 1, -1)
         anomaly_map = F.conv2d(padded, kernel.view(shape))
     return anomaly_map
+
+
+def gaussian_kernel(sigma: float, radius: int) -> Tensor:
+    """(2 * radius + 1,) float64 samples of a Gaussian, of sum 1."""
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    return kernel / kernel.sum()
 
 
 def _reflected(index: Tensor, size: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # the command line prints its help from here without loading torch
     from torch import Tensor
@@ -99,9 +99,20 @@ class Prediction:
     """(B,) int64: the category each image was judged as, given or inferred."""
 
 
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What one step of training sees, on the device of the model."""
+
+    features: tuple[Tensor, ...]
+    """What `Learner.encode` gave, fresh or from a cache: (B, ...) each, float32."""
+    category: Tensor
+    """(B,) int64, index into the learner's categories."""
+    index: Tensor
+    """(B,) int64 on the CPU: which of the training pictures these are."""
+
+
 class Detector(Protocol):
-    """What every detector offers. Those that learn by gradient have `training_loss` instead of
-    `fit`."""
+    """What every detector offers; beside it each is a `BankDetector` or a `Learner`."""
 
     categories: tuple[str, ...]
 
@@ -127,6 +138,10 @@ class Detector(Protocol):
         """
         ...
 
+
+class BankDetector(Detector, Protocol):
+    """Reads the good images once and keeps a memory bank."""
+
     def fit(
         self,
         batches: Iterable[Batch],
@@ -135,4 +150,30 @@ class Detector(Protocol):
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Read the good images once; `store` holds what must outlive a killed run."""
+        ...
+
+
+@runtime_checkable
+class Learner(Detector, Protocol):
+    """Learns by gradient, from what a frozen encoder says of the good images.
+
+    A step is `training_loss(encode(image), step)`. `encode` is a pure function of one image, so
+    its answers may come from a cache, and training then never runs the encoder.
+    """
+
+    encoding: str
+    """What `encode` gives of the encoder's levels; two learners that agree in it, and in the
+    encoder, may share a cache."""
+
+    def encode(self, image: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) in [0, 1] -> all that training needs of it, (B, ...) each, no gradient."""
+        ...
+
+    def prepare(self, batches: Iterable[TrainingBatch]) -> None:
+        """One look at all training pictures, in order, before the first step: references of the
+        categories, and whatever else starts from data."""
+        ...
+
+    def training_loss(self, batch: TrainingBatch, step: int) -> Tensor:
+        """Scalar loss, the mean over the batch; `step` counts from 0, for schedules."""
         ...

@@ -23,11 +23,11 @@ def refuse_folder(out: Path, overwrite: bool) -> None:
             raise InputError(
                 f"run '{out}' exists: name another folder with --out, or give --overwrite"
             )
-    elif out.is_dir() and any(out.iterdir()) and not _is_unfinished(out):
+    elif out.is_dir() and any(out.iterdir()) and not is_unfinished(out):
         raise InputError(f"folder '{out}' is not empty and no run: name another one with --out")
 
 
-def _is_unfinished(out: Path) -> bool:
+def is_unfinished(out: Path) -> bool:
     """Whether a killed fit left its state; the first thing it writes is the request."""
     state = out / STATE
     if not state.is_dir():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from doors import IMAGE_SIZE, Command, draw_tree
+from killing import Killer
 
 from allgood.cli import main
 
@@ -40,3 +41,10 @@ def run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["fit", tree, "--image-size", IMAGE_SIZE, "--settings", "coreset_ratio=0.1"]
     assert main([str(word) for word in [*words, "--out", out]]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def killer() -> Iterator[Killer]:
+    killer = Killer()
+    yield killer
+    killer.close()

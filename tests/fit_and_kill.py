@@ -1,4 +1,4 @@
-"""A helper process of test_fit.py: runs commands in children that are killed at a given moment.
+"""The helper process of killing.py: runs commands in children that are killed at a given moment.
 
 Reads one JSON object a line, {"words": [...], "moment": n, "seconds": s}, and answers with one. A
 child is killed with SIGKILL just before (even n) or just after (odd n) its n // 2-th renaming of a
@@ -13,10 +13,12 @@ import sys
 import time
 
 import torch
-import tyro  # noqa: F401 - these three are loaded here so that no child has to
+import tyro  # noqa: F401
 
+import allgood.detectors.dinomaly
 import allgood.detectors.patchcore
-import allgood.inference  # noqa: F401
+import allgood.inference
+import allgood.learning  # noqa: F401
 from allgood.cli import main
 
 

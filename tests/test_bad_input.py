@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (
             ["--detector", "patchcor"],
-            "unknown detector 'patchcor'; did you mean 'patchcore'? known: anomalydino, patchcore",
+            "unknown detector 'patchcor'; did you mean 'patchcore'? known: anomalydino, ",
         ),
         (["--encoder", "efficientnet_lite"], "unknown encoder 'efficientnet_lite'; did you mean"),
         (["--layout", "mvtek"], "unknown layout 'mvtek'; did you mean 'mvtec'? known: mvtec, "),
@@ -178,8 +178,8 @@ def test_ignore_folder_of_other_names(allgood: Command, data: Path, tmp_path: Pa
 
 
 def test_python_users_get_the_same_sentence(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown detector 'padim'; known: anomalydino, patchcore"):
-        library.fit(data, detector="padim", out=tmp_path / "run")
+    with pytest.raises(InputError, match="unknown detector 'xyz'; known: anomalydino, "):
+        library.fit(data, detector="xyz", out=tmp_path / "run")
 
 
 # -- a run that is there -------------------------------------------------------------------------

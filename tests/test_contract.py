@@ -5,19 +5,35 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CATEGORIES, batch_of, fitted, good_batches, picture, random_encoder, with_defect
+from tiny import (
+    CATEGORIES,
+    batch_of,
+    fitted,
+    good_batches,
+    picture,
+    random_encoder,
+    trained,
+    with_defect,
+)
 
 from allgood.detectors import DETECTORS, detector_classes
 from allgood.encoders.frozen import FrozenEncoder
 from allgood.encoders.tiled import TiledEncoder
-from allgood.inference import load_weights, own_weights
+from allgood.inference import load_weights
 from allgood.layers.patch_store import PatchStore
+from allgood.own_state import own_state
 from allgood.runs import write_weights
 from allgood.types import InputError
 
 DEFECT = (40, 56)
 """top and left of a planted defect of 24 pixels."""
 BANKS = ("shared", "per_category")
+BANK_DETECTORS = ("patchcore", "anomalydino")
+LEARNERS = ("dinomaly",)
+
+
+def test_every_detector_is_held_to_the_contract() -> None:
+    assert {*BANK_DETECTORS, *LEARNERS} == set(DETECTORS)
 
 
 def both_kinds(size: tuple[int, int] = (96, 96)) -> torch.Tensor:
@@ -32,10 +48,17 @@ CATEGORY = torch.tensor([0, 0, 1, 1])
 
 
 @pytest.fixture(
-    scope="module", params=[(name, bank) for name in DETECTORS for bank in BANKS], ids=str
+    scope="module",
+    params=[
+        *[(name, bank) for name in BANK_DETECTORS for bank in BANKS],
+        *[(name, None) for name in LEARNERS],
+    ],
+    ids=str,
 )
 def detector(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     name, bank = request.param
+    if bank is None:
+        return trained(name, random_encoder("test_vit", (1, 2)), decoder_depth=2)
     norm = name == "anomalydino"
     encoder = (
         random_encoder("test_vit", (1,), norm=norm)
@@ -90,7 +113,7 @@ def test_alone_or_in_a_batch(detector: Any) -> None:
 
 
 @torch.inference_mode()
-def both_kinds_that_are_not_square_and_maps_of_any_size(detector: Any) -> None:
+def test_images_that_are_not_square_and_maps_of_any_size(detector: Any) -> None:
     images = both_kinds((96, 160))
     prediction = detector.predict(images, CATEGORY)
     assert prediction.anomaly_map.shape == (4, 1, 96, 160)
@@ -104,10 +127,15 @@ def test_match(detector: Any) -> None:
     for query, template in zip(match.query, match.template, strict=True):
         batch, channels, height, width = query.shape
         assert template.shape == (batch, 1, channels, height, width)
-        # The host map is a distance between what it shows.
+    # The host map is a distance between what it shows.
+    name = type(detector).__name__
+    distances = []
+    for query, template in zip(match.query, match.template, strict=True):
         squared = (query - template[:, 0]).square().sum(dim=1, keepdim=True)
-        scale = 2 if detector.__class__.__name__ == "AnomalyDINO" else 1
-        torch.testing.assert_close(match.host_map * scale, squared, rtol=1e-3, atol=1e-5)
+        cosine = 1 - torch.cosine_similarity(query, template[:, 0]).unsqueeze(1)
+        distances.append({"PatchCore": squared, "AnomalyDINO": squared / 2}.get(name, cosine))
+    distance = torch.stack(distances).mean(dim=0)
+    torch.testing.assert_close(match.host_map, distance, rtol=1e-3, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -129,7 +157,7 @@ def test_ignored_regions_are_zero_and_do_not_count(detector: Any) -> None:
 
 @torch.inference_mode()
 def test_saved_state_gives_the_same_answer(detector: Any, tmp_path: Path) -> None:
-    state = own_weights(detector)
+    state = own_state(detector)
     assert state and not any("encoder" in name for name in state)
     write_weights(tmp_path / "weights.safetensors", state)
     again = type(detector)(detector.config, detector.encoder, detector.categories, seed=5)
@@ -140,18 +168,18 @@ def test_saved_state_gives_the_same_answer(detector: Any, tmp_path: Path) -> Non
         assert torch.equal(getattr(ours, field), getattr(theirs, field))
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", BANK_DETECTORS)
 @torch.inference_mode()
 def test_two_fits_agree(name: str, tiny_encoder: FrozenEncoder, tmp_path: Path) -> None:
     torch.manual_seed(1)
     first = fitted(name, tiny_encoder, tmp_path / "a", coreset_ratio=0.1)
     torch.manual_seed(2)
     second = fitted(name, tiny_encoder, tmp_path / "b", coreset_ratio=0.1)
-    for key, tensor in own_weights(first).items():
-        assert torch.equal(tensor, own_weights(second)[key]), key
+    for key, tensor in own_state(first).items():
+        assert torch.equal(tensor, own_state(second)[key]), key
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", BANK_DETECTORS)
 @torch.inference_mode()
 def test_fit_goes_on_with_what_the_store_holds(
     name: str, tiny_encoder: FrozenEncoder, tmp_path: Path
@@ -171,11 +199,11 @@ def test_fit_goes_on_with_what_the_store_holds(
         detector.fit(killed(), first)
     detector = detector_class(config_class(), tiny_encoder, CATEGORIES)
     detector.fit(batches[1:], PatchStore(tmp_path / "killed", num_images=8))
-    for key, tensor in own_weights(whole).items():
-        assert torch.equal(tensor, own_weights(detector)[key]), key
+    for key, tensor in own_state(whole).items():
+        assert torch.equal(tensor, own_state(detector)[key]), key
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", BANK_DETECTORS)
 @pytest.mark.parametrize("bank", BANKS)
 @torch.inference_mode()
 def test_shared_bank_of_one_category_is_its_own(
@@ -191,7 +219,7 @@ def test_shared_bank_of_one_category_is_its_own(
     assert torch.equal(first.image_score, second.image_score)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", BANK_DETECTORS)
 @torch.inference_mode()
 def test_per_category_is_as_if_the_others_were_not_there(
     name: str, tiny_encoder: FrozenEncoder, tmp_path: Path
@@ -206,7 +234,7 @@ def test_per_category_is_as_if_the_others_were_not_there(
     assert (as_cloth.image_score > 2 * ours.image_score[0]).all()
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", BANK_DETECTORS)
 @torch.inference_mode()
 def test_ignored_patches_are_not_learned(
     name: str, tiny_encoder: FrozenEncoder, tmp_path: Path
@@ -230,7 +258,7 @@ def test_ignored_patches_are_not_learned(
     assert scores[1] > 1.5 * scores[0]
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", BANK_DETECTORS)
 @torch.inference_mode()
 def test_tiles(name: str, tiny_encoder: FrozenEncoder, tmp_path: Path) -> None:
     detector = fitted(
@@ -245,7 +273,7 @@ def test_tiles(name: str, tiny_encoder: FrozenEncoder, tmp_path: Path) -> None:
     assert (prediction.image_score[[1, 3]] > prediction.image_score[[0, 2]]).all()
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", BANK_DETECTORS)
 @torch.inference_mode()
 def test_progress_counts_to_the_end(name: str, tiny_encoder: FrozenEncoder, tmp_path: Path) -> None:
     config_class, detector_class = detector_classes(name)
@@ -262,7 +290,7 @@ def test_progress_counts_to_the_end(name: str, tiny_encoder: FrozenEncoder, tmp_
     assert detector.bank_category.bincount().tolist() == [144, 144]
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", BANK_DETECTORS)
 @torch.inference_mode()
 def test_the_memory_budget_does_not_change_the_banks_share(
     name: str, tiny_encoder: FrozenEncoder, tmp_path: Path
@@ -276,7 +304,7 @@ def test_the_memory_budget_does_not_change_the_banks_share(
     assert len(detector.bank) == pytest.approx(0.1 * store.seen_rows, abs=2)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", BANK_DETECTORS)
 @torch.inference_mode()
 def test_a_category_without_a_readable_picture(
     name: str, tiny_encoder: FrozenEncoder, tmp_path: Path
@@ -285,7 +313,7 @@ def test_a_category_without_a_readable_picture(
         fitted(name, tiny_encoder, tmp_path, batches=good_batches(("cloth",)))
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", BANK_DETECTORS)
 @torch.inference_mode()
 def test_predict_before_fit_says_what_to_do(name: str, tiny_encoder: FrozenEncoder) -> None:
     config_class, detector_class = detector_classes(name)
@@ -296,8 +324,8 @@ def test_predict_before_fit_says_what_to_do(name: str, tiny_encoder: FrozenEncod
 
 def test_unknown_detectors() -> None:
     with pytest.raises(
-        InputError, match=r"did you mean 'patchcore'.* known: anomalydino, patchcore"
+        InputError, match=r"did you mean 'patchcore'.* known: anomalydino, dinomaly, patchcore"
     ):
         detector_classes("pathcore")
-    with pytest.raises(InputError, match="unknown detector 'xyz'; known: anomalydino, patchcore"):
+    with pytest.raises(InputError, match="unknown detector 'xyz'; known: anomalydino, "):
         detector_classes("xyz")

@@ -417,3 +417,76 @@ def test_tiles_that_cannot_be_used(tiny_encoder: FrozenEncoder) -> None:
             TiledEncoder(tiny_encoder, 128, margin)
     with pytest.raises(InputError, match="multiples of 32, got 200 x 100"):
         TiledEncoder(tiny_encoder, 128)(image_of(200, 100))
+
+
+# Tokens with their prefix, and layer scales folded into the matrices before them
+
+
+def scaled_weights(name: str, folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """timm's random weights with layer scales that matter, between -1.5 and 1.5."""
+    torch.manual_seed(0)
+    state = timm.create_model(name, num_classes=0).state_dict()
+    gammas = [key for key in state if key.endswith(".gamma")]
+    assert gammas
+    for key in gammas:
+        state[key] = 3 * torch.rand_like(state[key]) - 1.5
+    save_file(state, folder / "scaled.safetensors")
+    return folder / "scaled.safetensors", state
+
+
+@pytest.mark.parametrize(
+    "name, prefix, size",
+    [
+        ("test_vit2", 1, (64, 96)),
+        ("test_vit_relpos", 0, (160, 160)),  # takes its own size only
+        ("vit_small_patch14_reg4_dinov2", 5, (56, 84)),
+    ],
+)
+@torch.no_grad()
+def test_tokens_and_levels_with_folded_layer_scales(
+    name: str, prefix: int, size: tuple[int, int], tmp_path: Path
+) -> None:
+    path, state = scaled_weights(name, tmp_path)
+    encoder = FrozenEncoder(EncoderConfig(name, (1, 3), str(path)))
+    assert encoder.num_prefix == prefix
+    assert not any(key.endswith("gamma") for key in encoder.backbone.state_dict())
+    # timm's own model, whole and with its layer scales
+    settings: dict[str, Any] = {} if name == "test_vit_relpos" else {"img_size": size}
+    model: Any = timm.create_model(name, num_classes=0, **settings).eval()
+    grid = size[0] // encoder.multiple, size[1] // encoder.multiple
+    if "dinov2" in name:
+        state["pos_embed"] = dinov2_position_embedding(state["pos_embed"], *grid, num_prefix=0)
+    elif prefix:
+        model = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
+    model.load_state_dict(state)
+    image = image_of(*size, count=2)
+    mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
+    seen: dict[int, Tensor] = {}
+    for i in encoder.levels:
+        model.blocks[i].register_forward_hook(lambda _, __, out, i=i: seen.setdefault(i, out))
+    model.forward_features((image - mean) / std)
+    tokens, levels = encoder.tokens(image), encoder(image)
+    assert len(tokens) == len(levels) == 2
+    for i, found, level in zip(encoder.levels, tokens, levels, strict=True):
+        assert found.shape == (2, prefix + grid[0] * grid[1], encoder.channels[0])
+        assert (found - seen[i]).abs().max() < 1e-5 * seen[i].abs().max()
+        patches = found[:, prefix:].transpose(1, 2).unflatten(2, grid)
+        torch.testing.assert_close(level, patches)
+        assert not found.requires_grad
+
+
+def test_folding_leaves_the_digest_that_of_the_file(tmp_path: Path) -> None:
+    path, state = scaled_weights("test_vit2", tmp_path)
+    digest = FrozenEncoder(EncoderConfig("test_vit2", (1,), str(path))).digest
+    state["blocks.0.ls1.gamma"][0] += 1e-3
+    save_file(state, path)
+    assert FrozenEncoder(EncoderConfig("test_vit2", (1,), str(path))).digest != digest
+
+
+def test_tokens_of_a_pyramid_are_refused(tiny_encoder: FrozenEncoder) -> None:
+    with pytest.raises(
+        InputError, match="'test_efficientnet' is no vision transformer and has no tokens"
+    ):
+        tiny_encoder.tokens(image_of(64, 64))
+    with pytest.raises(InputError, match="multiples of 16, got 64 x 72"):
+        random_encoder("test_vit").tokens(image_of(64, 72))

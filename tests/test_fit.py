@@ -6,8 +6,6 @@ import os
 import random
 import re
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,12 @@ import numpy as np
 import pytest
 from data_trees import save
 from doors import TINY, Command, content, draw_tree, mask, part
+from killing import Killer
 
 import allgood as library
 from allgood.calibrating import split_for_calibration
 from allgood.detectors.patchcore import PatchCoreConfig
-from allgood.fitting import parse_settings
+from allgood.recipes import configured
 from allgood.types import GOOD, InputError, Sample
 
 pytest_plugins = ["doors_fixtures"]
@@ -143,7 +142,7 @@ def test_weights_file_is_found_from_everywhere(
 
 
 def test_settings_are_read_as_their_types() -> None:
-    config = parse_settings(PatchCoreConfig, ["coreset_ratio=0.5", "bank=shared", "sigma=2"])
+    config = configured(PatchCoreConfig, {}, ["coreset_ratio=0.5", "bank=shared", "sigma=2"])
     assert (config.coreset_ratio, config.bank, config.sigma) == (0.5, "shared", 2.0)
 
 
@@ -163,7 +162,7 @@ def test_settings_are_read_as_their_types() -> None:
 )
 def test_settings_that_are_none(word: str, said: str) -> None:
     with pytest.raises(InputError) as caught:
-        parse_settings(PatchCoreConfig, [word])
+        configured(PatchCoreConfig, {}, [word])
     assert str(caught.value).startswith(said)
 
 
@@ -176,66 +175,34 @@ def good_samples(count: int, *, group_of: int = 1) -> list[Sample]:
 
 def test_split_keeps_enough_and_parts_no_group() -> None:
     samples = good_samples(100, group_of=5)
-    fitting, held_out = split_for_calibration(samples, 0.15, 0.05, seed=0)
+    fitting, held_out = split_for_calibration(samples, 0.15, 0.05, seed=0, strict=False)
     assert len(held_out) == 20  # 19 are needed, and groups of 5 stay together
     assert not {s.group for s in fitting} & {s.group for s in held_out}
     assert sorted(s.id for s in [*fitting, *held_out]) == sorted(s.id for s in samples)
-    again = split_for_calibration(samples[::-1], 0.15, 0.05, seed=0)[1]
+    again = split_for_calibration(samples[::-1], 0.15, 0.05, seed=0, strict=False)[1]
     assert {s.id for s in again} == {s.id for s in held_out}
-    other = split_for_calibration(samples, 0.15, 0.05, seed=1)[1]
+    other = split_for_calibration(samples, 0.15, 0.05, seed=1, strict=False)[1]
     assert {s.id for s in other} != {s.id for s in held_out}
 
 
 def test_split_takes_the_share_where_it_is_more() -> None:
-    assert len(split_for_calibration(good_samples(1000), 0.15, 0.05, seed=0)[1]) == 150
-    assert split_for_calibration(good_samples(100), 0.0, 0.05, seed=0)[1] == []
+    assert (
+        len(split_for_calibration(good_samples(1000), 0.15, 0.05, seed=0, strict=False)[1]) == 150
+    )
+    assert split_for_calibration(good_samples(100), 0.0, 0.05, seed=0, strict=False)[1] == []
 
 
 def test_split_leaves_a_small_category_uncalibrated(capsys: pytest.CaptureFixture[str]) -> None:
-    fitting, held_out = split_for_calibration(good_samples(37), 0.15, 0.05, seed=0)
+    fitting, held_out = split_for_calibration(good_samples(37), 0.15, 0.05, seed=0, strict=False)
     assert (len(fitting), len(held_out)) == (37, 0)
     said = capsys.readouterr().err
     assert "'a' stays uncalibrated: a false-alarm rate of 0.05 keeps 19 good pictures" in said
-    assert len(split_for_calibration(good_samples(38), 0.15, 0.05, seed=0)[1]) == 19
+    with pytest.raises(InputError, match=r"a false-alarm rate of 0.05 keeps 19 good pictures"):
+        split_for_calibration(good_samples(37), 0.15, 0.05, seed=0, strict=True)
+    assert len(split_for_calibration(good_samples(38), 0.15, 0.05, seed=0, strict=False)[1]) == 19
 
 
 # -- kill and resume -----------------------------------------------------------------------------
-
-
-class Killer:
-    """Runs `allgood` in children of a helper process and kills them."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("fit_and_kill.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(
-        self, *words: object, moment: int | None = None, seconds: float | None = None
-    ) -> tuple[int, str]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        request = {"words": [str(word) for word in words], "moment": moment, "seconds": seconds}
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = json.loads(self.process.stdout.readline())
-        return answer["code"], answer["text"]
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def killer() -> Iterator[Killer]:
-    killer = Killer()
-    yield killer
-    killer.close()
 
 
 @pytest.fixture(scope="module")

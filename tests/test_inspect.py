@@ -328,7 +328,7 @@ def test_before_calibration_there_is_no_verdict(allgood: Command, tmp_path: Path
     out = tmp_path / "run"
     answer = allgood("fit", tmp_path / "data", "--out", out, *TINY)
     assert answer.code == 0
-    assert "category 'wood' stays uncalibrated" in answer.err
+    assert "'wood' stays uncalibrated" in answer.err
     assert f"`allgood calibrate {out} GOOD`" in answer.err
     picture = tmp_path / "data" / "wood" / "test" / "hole" / "000.png"
     (record,) = allgood("inspect", out, picture, "--overlays", tmp_path / "heat").records

@@ -26,18 +26,28 @@ ROOMS = {
     "calibration": {"types"},
     "runs": {"types", "allgood"},
     "unfinished": {"types", "runs", "allgood"},
+    "ignored": {"types", "data", "runs"},
     "progress": set(),
+    "own_state": set(),
+    "training": {"types", "runs", "progress", "own_state"},
+    "recipes": {"types", "data"},
 }
 """Room -> the rooms it may import; each only rooms above it. `allgood` is the version."""
 
 DOORS = {
     "inference": {
         *("types", "data", "encoders", "detectors", "evaluation", "calibration", "runs"),
+        *("ignored", "own_state"),
     },
     "calibrating": {"types", "data", "calibration", "runs", "progress", "inference"},
+    "learning": {"types", "data", "ignored", "progress", "training"},
     "fitting": {
         *("types", "data", "encoders", "layers", "detectors", "runs", "progress", "unfinished"),
-        *("inference", "calibrating"),
+        *("ignored", "recipes", "own_state", "training", "inference", "calibrating", "learning"),
+    },
+    "convert": {
+        *("types", "data", "encoders", "detectors", "runs", "progress", "unfinished"),
+        *("own_state", "inference", "learning"),
     },
     "evaluating": {
         *("types", "scoring", "data", "metrics", "evaluation", "calibration", "runs"),
@@ -45,8 +55,8 @@ DOORS = {
     },
     "demo": {"fitting", "evaluating"},
     "cli": {
-        *("types", "data", "encoders", "detectors", "runs", "allgood"),
-        *("inference", "calibrating", "fitting", "evaluating", "demo"),
+        *("types", "data", "encoders", "detectors", "recipes", "runs", "progress", "allgood"),
+        *("inference", "calibrating", "fitting", "convert", "evaluating", "demo"),
     },
     "allgood": {"types", "inference", "calibrating", "fitting", "evaluating"},
     "__main__": {"cli"},

@@ -11,7 +11,7 @@ from torch import Tensor
 from allgood.detectors import detector_classes
 from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
 from allgood.layers.patch_store import PatchStore
-from allgood.types import Batch, Sample
+from allgood.types import Batch, Sample, TrainingBatch
 
 CATEGORIES = ("cloth", "wood")
 
@@ -93,3 +93,40 @@ def fitted(
     with torch.inference_mode():
         model.fit(good_batches(categories) if batches is None else batches, store)
     return model
+
+
+def training_batches(learner: Any, batches: Sequence[Batch]) -> list[TrainingBatch]:
+    """What a learner is taught with, as no cache would round it."""
+    taught = []
+    for batch in batches:
+        names = [sample.category for sample in batch.sample]
+        category = torch.tensor([learner.categories.index(name) for name in names])
+        taught.append(
+            TrainingBatch(learner.encode(batch.image), category, torch.arange(len(names)))
+        )
+    return taught
+
+
+def trained(
+    detector: str,
+    encoder: Any,
+    *,
+    steps: int = 150,
+    categories: tuple[str, ...] = CATEGORIES,
+    seed: int = 0,
+    **settings: Any,
+) -> Any:
+    """A learner that has been taught the good batches by plain AdamW."""
+    config_class, detector_class = detector_classes(detector)
+    model = detector_class(config_class(**settings), encoder, categories, seed=seed).train()
+    taught = training_batches(model, good_batches(categories, count=8))
+    model.prepare(taught)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss = torch.stack([model.training_loss(batch, step) for batch in taught]).mean()
+            loss.backward()
+            optimizer.step()
+    return model.eval()

@@ -114,6 +114,22 @@ class Dataset:
         trained = {sample.category for sample in self.train}
         return tuple(category for category in self.categories if category not in trained)
 
+    def only(self, categories: Sequence[str]) -> "Dataset":
+        """The pictures of these categories.
+
+        Raises:
+            InputError: the data hold no such category.
+        """
+        for category in categories:
+            if category not in self.categories:
+                raise InputError(
+                    f"the data hold no category '{category}'"
+                    f"{did_you_mean(category, self.categories) or ';'} "
+                    f"known: {', '.join(self.categories)}"
+                )
+        kept = tuple(sample for sample in self.samples if sample.category in categories)
+        return Dataset(kept, self.layouts)
+
     def describe(self) -> str:
         """A few lines: the layout of each root, and one line of counts per category."""
         lines = [f"{root}: layout {layout}" for root, layout in self.layouts.items()]

@@ -31,6 +31,12 @@ DETECTORS = {
         "AnomalyDINO",
         "few-shot memory bank of ViT tokens, cosine distance (Damm et al., WACV 2025)",
     ),
+    "dinomaly": Entry(
+        "allgood.detectors.dinomaly",
+        "DinomalyConfig",
+        "Dinomaly",
+        "noisy bottleneck and linear-attention decoder on a ViT (Guo et al., CVPR 2025)",
+    ),
 }
 
 

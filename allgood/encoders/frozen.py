@@ -10,11 +10,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -31,9 +32,9 @@ class EncoderConfig:
 
     name: str = EMBEDDED
     """`efficientnet_lite0` (the embedded default) or any timm backbone, with or without `.tag`."""
-    levels: tuple[int, ...] | None = None
+    levels: tuple[int, ...] | Literal["middle"] | None = None
     """Levels to read, by timm's index (stages of a pyramid, blocks of a ViT). None: the pyramid's
-    levels of stride 8 and 16, or a ViT's last block."""
+    levels of stride 8 and 16, or a ViT's last block; `middle`: see `middle_levels`."""
     weights: str = "pretrained"
     """`pretrained` (embedded, else timm's hub), `random` (seeded by the architecture alone, for
     tests), or a local .safetensors/.pth/.bin file."""
@@ -46,7 +47,7 @@ class EncoderConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "EncoderConfig":
         levels = data["levels"]
-        return cls(**{**data, "levels": None if levels is None else tuple(levels)})
+        return cls(**{**data, "levels": tuple(levels) if isinstance(levels, list) else levels})
 
 
 class FrozenEncoder(nn.Module):
@@ -58,6 +59,7 @@ class FrozenEncoder(nn.Module):
         strides: input pixels per patch of each level.
         multiple: input height and width should be multiples of this.
         is_vit: one stride throughout, and so nothing but whole patches.
+        num_prefix: tokens before the patches in `tokens`: class token and registers of a ViT.
         digest: 16 hex digits of the weights in use; a run keeps it, so that its memory bank is
             never compared with features of other weights.
     """
@@ -91,8 +93,11 @@ class FrozenEncoder(nn.Module):
         self.backbone.prune_intermediate_layers(
             list(self.levels), prune_norm=not config.norm, prune_head=True
         )
+        self.num_prefix = int(getattr(self.backbone, "num_prefix_tokens", 0))
         self.digest = _digest(self.backbone.state_dict())
         self.requires_grad_(False)
+        if self.is_vit:
+            _fold_layer_scale(self.backbone)
         self.eval()
         self.to(memory_format=torch.channels_last)
         self._native_position: Tensor | None = None
@@ -116,6 +121,28 @@ class FrozenEncoder(nn.Module):
         Raises:
             InputError: an image size that this backbone does not take.
         """
+        return self._intermediates(image)
+
+    def tokens(self, image: Tensor) -> list[Tensor]:
+        """All tokens of a ViT at each level, row-major and with the prefix, which `forward` drops.
+
+        Returns:
+            One (B, num_prefix + h*w, C) per level.
+
+        Raises:
+            InputError: as `forward`, or an encoder without tokens.
+        """
+        if not self.is_vit:
+            raise InputError(
+                f"encoder '{self.config.name}' is no vision transformer and has no tokens: "
+                "choose a ViT with --encoder; `allgood list encoders` names some"
+            )
+        if not self.num_prefix:
+            return self._intermediates(image, output_fmt="NLC")
+        levels: Any = self._intermediates(image, output_fmt="NLC", return_prefix_tokens=True)
+        return [torch.cat([prefix, patches], dim=1) for patches, prefix in levels]
+
+    def _intermediates(self, image: Tensor, **form: Any) -> list[Tensor]:
         if min(image.shape[-2:]) < max(self.strides):
             raise InputError(
                 f"an image of {image.shape[-2]} x {image.shape[-1]} pixels is too small for "
@@ -139,6 +166,7 @@ class FrozenEncoder(nn.Module):
                     norm=self.config.norm,
                     stop_early=True,
                     intermediates_only=True,
+                    **form,
                 )
         except (AssertionError, RuntimeError) as error:
             native = tuple(self.backbone.pretrained_cfg["input_size"][1:])
@@ -186,6 +214,21 @@ def dinov2_position_embedding(
         square, scale_factor=((height + 0.1) / side, (width + 0.1) / side), mode="bicubic"
     )
     return torch.cat([prefix, resized.permute(0, 2, 3, 1).reshape(1, height * width, -1)], dim=1)
+
+
+def _fold_layer_scale(backbone: Any) -> None:
+    """Multiply a ViT's layer scales into the matrices before them: the same function, fewer
+    passes over the tokens."""
+    for block in getattr(backbone, "blocks", ()):
+        for scale, before in (("ls1", ("attn", "proj")), ("ls2", ("mlp", "fc2"))):
+            layer_scale = getattr(block, scale, None)
+            if not isinstance(layer_scale, LayerScale):
+                continue
+            linear = getattr(getattr(block, before[0]), before[1])
+            linear.weight.mul_(layer_scale.gamma[:, None])
+            if linear.bias is not None:
+                linear.bias.mul_(layer_scale.gamma)
+            setattr(block, scale, nn.Identity())
 
 
 _LISTED = "`allgood list encoders` names those we recommend"
@@ -287,8 +330,24 @@ def _is_dinov2(name: str) -> bool:
     return "dinov2" in name
 
 
+def middle_levels(depth: int) -> tuple[int, ...]:
+    """The eight middle blocks of a ViT (Dinomaly): 2 to 9 of 12, every second from 4 of 24.
+
+    Raises:
+        InputError: the paper says nothing of another depth.
+    """
+    if depth not in (12, 24):
+        raise InputError(
+            f"which of {depth} levels are the middle ones is defined for ViTs of 12 or 24 blocks: "
+            "name them with --levels, or choose a ViT with --encoder"
+        )
+    return tuple(range(2, 10)) if depth == 12 else tuple(range(4, 19, 2))
+
+
 def _checked_levels(config: EncoderConfig, info: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
     levels = config.levels
+    if levels == "middle":
+        return middle_levels(len(info))
     if levels is None:
         levels = tuple(i for i, level in enumerate(info) if _field(level, "reduction") in (8, 16))
         if len({_field(info[i], "reduction") for i in levels}) < 2:  # a ViT, or an odd pyramid

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from allgood.layers.coreset import greedy_coreset
 from allgood.layers.nearest import nearest_distance
+from allgood.types import InputError
 
 REFERENCES = 64
 """Good images kept per category, chosen to cover it (greedy coreset)."""
@@ -48,8 +49,17 @@ class CategoryReferences(nn.Module):
         self.features, self.category = features[chosen].to(device), category[chosen].to(device)
 
     def infer(self, levels: list[Tensor]) -> Tensor:
-        """(B,) int64: the category whose reference image is nearest."""
+        """(B,) int64: the category whose reference image is nearest.
+
+        Raises:
+            InputError: there are several categories, but no references.
+        """
         if self.num_categories == 1:
             return torch.zeros(len(levels[0]), dtype=torch.int64, device=levels[0].device)
+        if not len(self.features):
+            raise InputError(
+                "without good pictures the categories cannot be told apart: fit first, or say "
+                "which one the pictures show with --category"
+            )
         _, nearest = nearest_distance(global_feature(levels), self.features)
         return self.category[nearest[:, 0]]

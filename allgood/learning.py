@@ -1,0 +1,155 @@
+"""Door: good pictures and a detector that learns by gradient -> its weights.
+
+pictures -> encode, once per picture where the cache has room -> the one training loop
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from allgood.data.batches import load_batches
+from allgood.data.transforms import Transform
+from allgood.ignored import hide, to_inputs
+from allgood.progress import say
+from allgood.training.config import TrainConfig
+from allgood.training.feature_cache import CachedFeatures, cache_bytes, room_for
+from allgood.training.loop import train
+from allgood.training.runtime import open_fabric
+from allgood.training.sources import OnlineFeatures, Source
+from allgood.types import Failure, Sample
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Read = Callable[[Sequence[int]], tuple[Tensor, list[int], list[Failure]]]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The good pictures to learn, and how they become the network's input."""
+
+    samples: Sequence[Sample]
+    transform: Transform
+    ignore_of: Mapping[str, np.ndarray]
+    """Masks of ignored regions by category; what they cover is hidden."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to learn, with the processes that do it already there."""
+
+    config: TrainConfig
+    fabric: Fabric
+    cache_root: Path | None
+    """Folder of all feature caches; None: the encoder runs in every step."""
+
+
+def open_training(
+    config: TrainConfig,
+    *,
+    cache_root: Path | None,
+    device: str,
+    devices: int,
+    nodes: int,
+    tensorboard: Path | None,
+) -> Training:
+    """Start the processes; each goes on from here. Raises as `open_fabric`."""
+    fabric = open_fabric(
+        device=device,
+        devices=devices,
+        nodes=nodes,
+        precision=config.precision,
+        tensorboard=tensorboard,
+    )
+    return Training(config, fabric, cache_root)
+
+
+def learn(
+    model: Any,
+    pictures: Pictures,
+    training: Training,
+    *,
+    folder: Path,
+    cache_key: Mapping[str, Any],
+    batch_size: int,
+    seed: int,
+) -> list[Failure]:
+    """Train a `Learner`, going on with what a killed training left in `folder`.
+
+    Args:
+        cache_key: everything that decides what `model.encode` gives, the pictures included.
+        batch_size: pictures encoded together when the cache is built.
+
+    Returns:
+        the pictures that could not be read.
+    """
+    fabric = training.fabric
+    online = online_features(model, pictures, fabric.device)
+    source = _cached(online, training, cache_key, batch_size) or online
+    train(model, source, training.config, fabric=fabric, folder=folder, seed=seed)
+    return list(source.failures.values())
+
+
+def online_features(model: Any, pictures: Pictures, device: torch.device) -> OnlineFeatures:
+    """The pictures as what a `Learner` on this device says of them."""
+    index = {name: i for i, name in enumerate(model.categories)}
+    category = torch.tensor([index[sample.category] for sample in pictures.samples])
+    return OnlineFeatures(_reader(pictures), model.encode, category, device)
+
+
+def _cached(
+    online: OnlineFeatures, training: Training, key: Mapping[str, Any], batch_size: int
+) -> Source | None:
+    """The features on disk, built first if need be; None without a cache, which is said."""
+    root = training.cache_root
+    if root is None:
+        say("no feature cache: the encoder runs in every step")
+        return None
+    num_bytes = cache_bytes(online)
+    if not room_for(root, key, num_bytes):
+        say(
+            f"no feature cache: {num_bytes / 1e9:.1f} GB do not fit into {root}, so the encoder "
+            "runs in every step (--cache names another disk)"
+        )
+        return None
+    quiet = not training.fabric.is_global_zero
+    return CachedFeatures(root, key, online, batch_size=batch_size, quiet=quiet)
+
+
+def default_cache_root() -> Path:
+    """`allgood/features` in the user's folder for caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "allgood" / "features"
+
+
+def _reader(pictures: Pictures) -> Read:
+    """Indices -> pictures as `OnlineFeatures` wants them."""
+    place = {(sample.category, sample.id): i for i, sample in enumerate(pictures.samples)}
+
+    def read(indices: Sequence[int]) -> tuple[Tensor, list[int], list[Failure]]:
+        failures: list[Failure] = []
+        samples = [pictures.samples[i] for i in indices]
+        batches = load_batches(
+            samples, pictures.transform, failures=failures, batch_size=len(samples), prefetch=1
+        )
+        images, readable = [], []
+        for batch in batches:
+            image = batch.image
+            if pictures.ignore_of:
+                names = [sample.category for sample in batch.sample]
+                image = hide(
+                    image,
+                    to_inputs(pictures.ignore_of, names, batch.original_size, pictures.transform),
+                )
+            images.append(image)
+            readable += [place[sample.category, sample.id] for sample in batch.sample]
+        return torch.cat(images) if images else torch.empty(0), readable, failures
+
+    return read

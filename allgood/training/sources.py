@@ -1,0 +1,149 @@
+"""Where training batches come from, and in which order.
+
+Letters: B images, H W pixels, N all training pictures.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count as count_from
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from allgood.training.runtime import seed_from
+from allgood.types import Failure, InputError, TrainingBatch
+
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+
+
+class Source(Protocol):
+    """All training pictures, as features."""
+
+    category: Tensor
+    """(N,) int64."""
+    failures: dict[int, Failure]
+    """Index -> why, of the pictures that could not be read so far."""
+
+    def __len__(self) -> int:
+        """N, the unreadable ones included."""
+        ...
+
+    def batches(self, order: Iterable[Sequence[int]]) -> Generator[TrainingBatch, None, None]:
+        """One batch per list of indices, in order; closing the generator stops reading ahead.
+
+        Pictures that cannot be read are left out of their batch. If that leaves nothing, the
+        batch comes without rows and without features, so the caller stays in step.
+        """
+        ...
+
+
+class OnlineFeatures:
+    """A source that reads and encodes each picture whenever it is asked for."""
+
+    def __init__(
+        self,
+        read: Callable[[Sequence[int]], tuple[Tensor, list[int], list[Failure]]],
+        encode: Callable[[Tensor], tuple[Tensor, ...]],
+        category: Tensor,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            read: indices -> (B, 3, H, W) in [0, 1], the B indices that could be read, and why
+                the others could not, in their order. It is called from another thread.
+            encode: as `Learner.encode`.
+            category: (N,) int64 of all pictures.
+            device: of the encoder.
+        """
+        self.category = category
+        self.failures: dict[int, Failure] = {}
+        self.device = device
+        self._read = read
+        self._encode = encode
+
+    def __len__(self) -> int:
+        return len(self.category)
+
+    def batches(self, order: Iterable[Sequence[int]]) -> Generator[TrainingBatch, None, None]:
+        """See `Source`. The next batch is read while this one is used."""
+
+        def read(indices: Sequence[int]) -> tuple[Tensor, list[int], dict[int, Failure]]:
+            image, readable, failures = self._read(indices)
+            unreadable = [i for i in indices if i not in set(readable)]
+            return image, readable, dict(zip(unreadable, failures, strict=True))
+
+        for image, readable, failures in read_ahead(read, order):
+            self.failures.update(failures)
+            index = torch.tensor(readable, dtype=torch.int64)
+            features: tuple[Tensor, ...] = ()
+            if readable:
+                with torch.no_grad():
+                    encoded = self._encode(image.to(self.device, non_blocking=True))
+                    features = tuple(feature.float() for feature in encoded)
+            yield TrainingBatch(features, self.category[index].to(self.device), index)
+
+
+def read_ahead(read: Callable[[Item], Read], items: Iterable[Item]) -> Generator[Read, None, None]:
+    """`map(read, items)`, one item ahead in a thread that ends with the generator."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read_ahead") as thread:
+        waiting: Future[Read] | None = None
+        for item in items:
+            coming = thread.submit(read, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
+
+
+def batch_order(
+    count: int,
+    batch_size: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
+) -> Iterator[list[int]]:
+    """What one process reads, micro-batch after micro-batch, without end.
+
+    An epoch is a permutation that follows from (seed, epoch); what is left of it after the last
+    whole batch is dropped. Fewer pictures than a batch are permuted several times to fill it. The
+    pictures of a step are the same however many processes and micro-batches share them.
+
+    Args:
+        count: number of pictures.
+        batch_size: pictures per step, of all processes and micro-batches together.
+
+    Raises:
+        InputError: there are no pictures, or they cannot be shared equally.
+    """
+    if count < 1:
+        raise InputError("no training picture could be read: training needs at least one")
+    if batch_size % (world * accumulate):
+        raise InputError(
+            f"batch_size {batch_size} cannot be shared by {world} processes with {accumulate} "
+            f"micro-batches each: choose a multiple of {world * accumulate}"
+        )
+    return _batch_order(count, batch_size, seed, start_step, rank, world, accumulate)
+
+
+def _batch_order(
+    count: int, batch_size: int, seed: int, start_step: int, rank: int, world: int, accumulate: int
+) -> Iterator[list[int]]:
+    rounds = -(-batch_size // count)  # 1, but for very few pictures
+    steps_per_epoch = rounds * count // batch_size
+    share = batch_size // (world * accumulate)
+    first_epoch, skip = divmod(start_step, steps_per_epoch)
+    for epoch in count_from(first_epoch):
+        generator = torch.Generator().manual_seed(seed_from("epoch", seed, epoch))
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])
+        for step in range(skip, steps_per_epoch):
+            batch = order[step * batch_size : (step + 1) * batch_size].tolist()
+            for micro in range(accumulate):
+                begin = (micro * world + rank) * share
+                yield batch[begin : begin + share]
+        skip = 0

@@ -1,0 +1,254 @@
+"""The door `fit` for detectors that learn by gradient: cache, log, kills, refusals; recipes."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from doors import Command, content, draw_tree
+from killing import Killer
+
+import allgood as library
+from allgood.recipes import NUMBERS, RECIPES, Recipe, configured, find_recipe
+from allgood.training.config import TrainConfig
+from allgood.types import InputError
+
+pytest_plugins = ["doors_fixtures"]
+
+LEARN = [
+    *("--detector", "dinomaly", "--encoder", "test_vit", "--weights", "random"),
+    *("--levels", "1", "2", "--settings", "decoder_depth=2", "--image-size", "32"),
+    *("--max-false-alarm", "0.15"),
+]
+TRAIN = ["--train", "steps=12", "batch_size=4", "checkpoint_steps=3", "log_steps=5"]
+RESULT = ("weights.safetensors", "calibration.json", "config.json")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = draw_tree(tmp_path_factory.mktemp("few"), train=14, good=3, bad=2)
+    (root / "cloth" / "train" / "good" / "007.png").write_bytes(b"torn")
+    return root
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    yield tmp_path / "home" / "allgood" / "features"
+
+
+def of_run(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in RESULT}
+
+
+def test_a_trained_run_and_all_commands(
+    allgood: Command, few: Path, cache: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    answer = allgood("fit", few, "--out", out, *LEARN, *TRAIN)
+    assert answer.code == 0, answer.err
+    assert f"{cache}" in answer.err and "built" in answer.err
+    assert "left out, as they could not be read: 1 pictures" in answer.err
+    assert set(content(out)) == {*RESULT, "provenance.json", "training.jsonl"}
+    log = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [5, 10, 12]
+    config = json.loads((out / "config.json").read_text())
+    assert config["train"]["steps"] == 12 and config["train"]["learning_rate"] == 2e-3
+    assert config["encoder"]["settings"]["levels"] == [1, 2]
+
+    picture = few / "wood" / "test" / "hole" / "000.png"
+    (record,) = allgood("inspect", out, picture, "--overlays", tmp_path / "heat").records
+    assert record["image_score"] > 0 and record["p_value"] is not None
+    assert (tmp_path / "heat" / "000.png").is_file()
+    (rounded,) = allgood("inspect", out, picture, "--precision", "bf16").records
+    assert rounded["image_score"] == pytest.approx(record["image_score"], rel=0.02)
+    assert rounded["image_score"] != record["image_score"]
+    assert allgood("evaluate", out, few).code == 0
+    assert (out / "report.html").is_file()
+    # The same request in another folder finds the cache, and gives the same run.
+    again = allgood("fit", few, "--out", tmp_path / "again", *LEARN, *TRAIN)
+    assert "reused" in again.err
+    assert of_run(tmp_path / "again") == of_run(out)
+
+
+def test_without_cache(allgood: Command, few: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    answer = allgood("fit", few, "--out", out, *LEARN, *TRAIN, "--no-cache")
+    assert answer.code == 0
+    assert "no feature cache: the encoder runs in every step" in answer.err
+    assert not cache.exists()
+    with_cache = tmp_path / "cached"
+    words = ["--cache", tmp_path / "elsewhere", "--tensorboard", tmp_path / "board"]
+    assert allgood("fit", few, "--out", with_cache, *LEARN, *TRAIN, *words).code == 0
+    assert list((tmp_path / "elsewhere").iterdir()) and not cache.exists()
+    assert list((tmp_path / "board").rglob("*tfevents*"))
+    picture = few / "wood" / "test" / "hole" / "000.png"
+    scores = [
+        next(library.Inspector(run).inspect(picture)).image_score for run in (out, with_cache)
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=0.02)  # features rounded to fp16
+
+
+def test_a_full_disk_is_said(
+    allgood: Command, few: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("allgood.learning.room_for", lambda *_: False)
+    answer = allgood("fit", few, "--out", tmp_path / "run", *LEARN, *TRAIN)
+    assert answer.code == 0
+    assert f"do not fit into {cache}, so the encoder runs in every step" in answer.err
+
+
+def test_killed_by_the_clock_at_random_moments(
+    killer: Killer, few: Path, cache: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    words = ["fit", few, *LEARN, *TRAIN, "--cache"]
+    code, text = killer(*words, tmp_path / "cache0", "--out", whole)
+    assert code == 0, text
+    seconds = json.loads((whole / "provenance.json").read_text())["seconds"]
+    moments = random.Random(3)
+    for turn in range(3):
+        out = tmp_path / f"run{turn}"
+        here = [*words, tmp_path / f"cache{turn + 1}", "--out", out]
+        for _ in range(2):
+            killer(*here, seconds=moments.uniform(0.05, 0.9) * seconds)
+        if not (out / "config.json").exists():
+            code, text = killer(*here)
+            assert code == 0, text
+        assert of_run(out) == of_run(whole)
+
+
+def test_killed_at_renamings(killer: Killer, few: Path, cache: Path, tmp_path: Path) -> None:
+    """Just before and after files come to be: cache index, checkpoints, the run's own files."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    words = ["fit", few, *LEARN, *TRAIN, "--cache"]
+    code, text = killer(*words, tmp_path / "cache0", "--out", whole)
+    assert code == 0, text
+    kills = 0
+    for moment in (1, 4, 5, 6, 7, 8, 11, 12, 15):
+        code, text = killer(*words, tmp_path / "cache1", "--out", out, moment=moment)
+        if code == 0:
+            break
+        assert code == -9, text
+        kills += 1
+        if (out / "config.json").exists():
+            break
+    assert kills >= 4
+    if not (out / "config.json").exists():
+        assert killer(*words, tmp_path / "cache1", "--out", out, "--resume")[0] == 0
+    assert of_run(out) == of_run(whole)
+
+
+def test_resume_refuses_where_there_is_nothing(allgood: Command, few: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert allgood.refused("fit", few, "--out", out, *LEARN, "--resume") == (
+        f"'{out}' holds no unfinished fit: leave out --resume"
+    )
+    assert not out.exists()
+
+
+def test_one_model_per_category(allgood: Command, few: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    assert allgood("fit", few, "--out", out, *LEARN, *TRAIN, "--per-category").code == 0
+    for category in ("cloth", "wood"):
+        assert library.Inspector(out / category).categories == (category,)
+    before = content(out)
+    answer = allgood("fit", few, "--out", out, *LEARN, *TRAIN, "--per-category")
+    assert answer.code == 0 and "is finished" in answer.err
+    assert content(out) == before
+    # The one of a category is the model that its data alone make.
+    alone = tmp_path / "wood"
+    words = ["fit", few, "--out", alone, *LEARN, *TRAIN, "--categories", "wood"]
+    assert allgood(*words).code == 0
+    assert of_run(alone) == of_run(out / "wood")
+
+
+def test_a_nan_names_step_and_remedy(
+    allgood: Command, few: Path, cache: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train = ["--train", "steps=30", "batch_size=4", "learning_rate=1e30", "warmup_steps=0"]
+    said = allgood.refused("fit", few, "--out", out, *LEARN, *train)
+    assert "step" in said and "learning_rate" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--keep-aspect", "True"], "dinomaly is trained on upright pictures of one size"),
+        (["--rotate", "True"], "dinomaly is trained on upright pictures of one size"),
+        (["--tile", "48"], "dinomaly compares whole images and takes no tiles"),
+        (["--train", "steps=0"], "steps must be at least 1, got 0"),
+        (["--train", "stepps=5"], "unknown setting 'stepps'; did you mean 'steps'?"),
+        (["--train", "compile=perhaps"], "setting compile must be true or false, got 'perhaps'"),
+        (["--train", "precision=fp8"], "setting precision must be one of fp32, bf16, fp16"),
+        (["--settings", "dropout=1"], "dropout must be in [0, 1), got 1.0"),
+        (["--settings", "constraint=dense", "decoder_depth=3"], "2 encoder levels and 3 decoder"),
+        (["--recipe", "patchcore"], "recipe 'patchcore' is one of patchcore, not of dinomaly"),
+        (["--recipe", "dinomaly_mvtec"], "unknown recipe 'dinomaly_mvtec'; did you mean"),
+        (["--categories", "wod"], "the data hold no category 'wod'; did you mean 'wood'?"),
+        (["--encoder", "test_efficientnet"], "encoder 'test_efficientnet' is no vision transf"),
+        (["--crop", "20"], "center_crop must be a multiple of 16, got 20; use 16 or 32"),
+    ],
+)
+def test_what_a_training_refuses(
+    allgood: Command, few: Path, cache: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    out = tmp_path / "run"
+    answer = allgood.refused("fit", few, "--out", out, *LEARN, *words)
+    assert answer.startswith(said)
+    assert not out.exists() and not cache.exists()
+
+
+def test_a_memory_bank_is_not_trained(allgood: Command, few: Path, tmp_path: Path) -> None:
+    for words in (["--train", "steps=5"], ["--devices", "2"]):
+        said = allgood.refused("fit", few, "--out", tmp_path / "run", *words)
+        assert said.startswith("patchcore is not trained, it only reads the pictures once")
+
+
+# -- recipes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_complete(name: str) -> None:
+    from allgood.detectors import detector_classes
+
+    recipe = find_recipe(name)
+    config_class, _ = detector_classes(recipe.detector)
+    configured(config_class, recipe.settings, [])
+    configured(TrainConfig, recipe.train, [])
+    assert set(recipe.reported) <= set(NUMBERS)
+    assert bool(recipe.reported) == bool(recipe.source) == bool(recipe.data)
+    assert all(
+        50 < value < 100 or metric != "image_auroc" for metric, value in recipe.reported.items()
+    )
+
+
+def test_the_papers_settings() -> None:
+    """Spec 4.4: steps, dropout and optimiser per data set."""
+    for name, steps, dropout in (
+        ("dinomaly_mvtec_ad", 10_000, 0.2),
+        ("dinomaly_visa", 10_000, 0.2),
+        ("dinomaly_real_iad", 50_000, 0.4),
+        ("dinomaly_mpdd", 10_000, 0.2),
+        ("dinomaly_btad", 10_000, 0.2),
+        ("dinomaly_uni_medical", 10_000, 0.4),
+        ("dinomaly_mvtec_ad_separate", 5_000, 0.2),
+        ("dinomaly_real_iad_separate", 5_000, 0.2),
+        ("dinomaly_real_iad_2x", 100_000, 0.4),
+    ):
+        recipe: Recipe = RECIPES[name]
+        train = configured(TrainConfig, recipe.train, [])
+        assert (train.steps, recipe.settings.get("dropout", 0.2)) == (steps, dropout), name
+        assert (train.batch_size, train.epsilon, train.gradient_clip) == (16, 1e-10, 0.1)
+        assert (recipe.image_size, recipe.crop, recipe.levels) == (448, 392, "middle")
+        assert recipe.per_category == name.endswith("_separate")
+    with pytest.raises(InputError, match="did you mean 'dinomaly_visa'"):
+        find_recipe("dinomaly_vsia")
+
+
+def test_recipes_are_listed_with_their_numbers(allgood: Command) -> None:
+    out = allgood("list", "recipes").out
+    assert "image_auroc 99.6" in out and "one model per category" in out
