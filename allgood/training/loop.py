@@ -6,6 +6,7 @@ and its learning rate. So a killed training that goes on ends with the weights o
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -55,7 +56,8 @@ def train(
         seed: of the order of the pictures and of all random numbers.
 
     Raises:
-        InputError: the loss or a weight became NaN, or pictures cannot be read.
+        InputError: the loss or a weight became NaN, or no picture can be read.
+        OSError: the pictures went away during the training; what was trained so far is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.to(fabric.device)
@@ -185,10 +187,12 @@ def _order(
 
 
 def _not_empty(batch: TrainingBatch) -> TrainingBatch:
-    if not len(batch.index):
-        raise InputError(
-            "none of a batch's pictures can be read any more: see that their folder is still "
-            "there, and give the same command again"
+    if not len(batch.index):  # a disk that went away: what was trained so far is kept
+        raise OSError(
+            errno.EIO,
+            "none of a batch's pictures can be read any more; see that their folder is still "
+            "there, and give the same command again",
+            "the training pictures",
         )
     return batch
 
