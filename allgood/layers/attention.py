@@ -3,9 +3,12 @@
 Letters: B images, H heads, N tokens, D channels per head, h w patches.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from allgood.types import InputError
 
@@ -28,18 +31,66 @@ def linear_attention(
         (B, H, N, D) float32.
     """
     with torch.autocast(query.device.type, enabled=False):
-        q, k, v = _positive(query.float()), _positive(key.float()), value.float()
+        query, key, value = query.float(), key.float(), value.float()
         if mask is not None:
-            weight = (q @ k.transpose(-2, -1)) * mask
-            return (weight @ v) / (weight.sum(dim=-1, keepdim=True) + epsilon)
-        context = k.transpose(-2, -1) @ v  # (B, H, D, D)
-        total = k.sum(dim=-2).unsqueeze(-1)  # (B, H, D, 1)
-        return (q @ context) / (q @ total + epsilon)
+            weight = (_Positive.apply(query) @ _Positive.apply(key).transpose(-2, -1)) * mask
+            return (weight @ value) / (weight.sum(dim=-1, keepdim=True) + epsilon)
+        return _LinearAttention.apply(query, key, value, epsilon)
 
 
 def _positive(t: Tensor) -> Tensor:
     """elu(t) + 1, but never rounded to 0: exp(t) itself where t is negative."""
-    return t.clamp(min=0) + t.clamp(max=0).exp()
+    return t.clamp(max=0).exp_().add_(t.clamp(min=0))
+
+
+class _Positive(torch.autograd.Function):
+    """`_positive`, whose derivative is min(phi, 1): only phi is kept for it."""
+
+    @staticmethod
+    def forward(context: Any, t: Tensor) -> Tensor:
+        phi = _positive(t)
+        context.save_for_backward(phi)
+        return phi
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        (phi,) = context.saved_tensors
+        return gradient * phi.clamp(max=1)
+
+
+class _LinearAttention(torch.autograd.Function):
+    """Attention and its gradient by hand: nothing is kept but the inputs, of N x D each.
+
+    Left to autograd, the same keeps three times as much and takes half as long again.
+    """
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, epsilon: float) -> Tensor:
+        context.save_for_backward(query, key, value)
+        context.epsilon = epsilon
+        q, k = _positive(query), _positive(key)
+        numerator = q @ (k.transpose(-2, -1) @ value)  # (B, H, N, D)
+        denominator = q @ k.sum(dim=-2).unsqueeze(-1) + epsilon  # (B, H, N, 1)
+        return numerator.div_(denominator)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value = context.saved_tensors
+        q, k = _positive(query), _positive(key)
+        kv = k.transpose(-2, -1) @ value  # (B, H, D, D)
+        total = k.sum(dim=-2, keepdim=True)  # (B, H, 1, D)
+        inverse = (q @ total.transpose(-2, -1) + context.epsilon).reciprocal_()
+        gradient = gradient * inverse  # of the numerator
+        # Of the denominator: -(gradient . out), and out = q kv / denominator.
+        of_q = gradient @ kv.transpose(-2, -1)
+        of_denominator = (of_q * q).sum(dim=-1, keepdim=True).mul_(inverse).neg_()
+        of_q.addcmul_(of_denominator, total).mul_(q.clamp(max=1))
+        of_kv = q.transpose(-2, -1) @ gradient
+        of_total = q.transpose(-2, -1) @ of_denominator  # (B, H, D, 1)
+        of_k = (value @ of_kv.transpose(-2, -1)).add_(of_total.transpose(-2, -1))
+        return of_q, of_k.mul_(k.clamp(max=1)), k @ of_kv, None
 
 
 def softmax_attention(
