@@ -29,7 +29,7 @@ from allgood.types import Failure, Sample
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-Read = Callable[[Sequence[int]], tuple[Tensor, list[int], list[Failure]]]
+Read = Callable[[Sequence[int]], tuple[tuple[Tensor, ...], list[int], list[Failure]]]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _reader(pictures: Pictures) -> Read:
     """Indices -> pictures as `OnlineFeatures` wants them."""
     place = {(sample.category, sample.id): i for i, sample in enumerate(pictures.samples)}
 
-    def read(indices: Sequence[int]) -> tuple[Tensor, list[int], list[Failure]]:
+    def read(indices: Sequence[int]) -> tuple[tuple[Tensor, ...], list[int], list[Failure]]:
         failures: list[Failure] = []
         samples = [pictures.samples[i] for i in indices]
         batches = load_batches(
@@ -150,6 +150,6 @@ def _reader(pictures: Pictures) -> Read:
                 )
             images.append(image)
             readable += [place[sample.category, sample.id] for sample in batch.sample]
-        return torch.cat(images) if images else torch.empty(0), readable, failures
+        return (torch.cat(images) if images else torch.empty(0),), readable, failures
 
     return read

@@ -7,11 +7,14 @@ from torch import Tensor, nn
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor, as `state_dict` has them; a part of the encoder that is trained counts."""
+    """Name -> tensor, as `state_dict` has them; a part of the encoder that is trained counts.
+
+    The host of a filter is a detector too, and its encoder as frozen.
+    """
     return {
         name: tensor
         for name, tensor in module.state_dict(keep_vars=True).items()
-        if tensor.requires_grad or not name.startswith("encoder.")
+        if tensor.requires_grad or not name.removeprefix("host.").startswith("encoder.")
     }
 
 

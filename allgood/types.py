@@ -116,8 +116,21 @@ class Detector(Protocol):
 
     categories: tuple[str, ...]
 
-    def match(self, image: Tensor, category: Tensor | None = None) -> Match:
-        """(B, 3, H, W) in [0, 1] -> the features compared."""
+    def match(
+        self,
+        image: Tensor,
+        category: Tensor | None = None,
+        *,
+        image_number: Tensor | None = None,
+    ) -> Match:
+        """What the detector compares with what.
+
+        Args:
+            image: (B, 3, H, W) in [0, 1].
+            category: (B,) int64, or None: inferred.
+            image_number: (B,) int64, `image_number` of the good pictures that these are: a memory
+                bank then compares none with its own patches. Other detectors have no use for it.
+        """
         ...
 
     def predict(

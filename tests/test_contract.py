@@ -20,7 +20,7 @@ from allgood.detectors import DETECTORS, detector_classes
 from allgood.encoders.frozen import FrozenEncoder
 from allgood.encoders.tiled import TiledEncoder
 from allgood.inference import load_weights
-from allgood.layers.patch_store import PatchStore
+from allgood.layers.patch_store import PatchStore, image_number
 from allgood.own_state import own_state
 from allgood.runs import write_weights
 from allgood.types import InputError
@@ -134,8 +134,41 @@ def test_match(detector: Any) -> None:
         squared = (query - template[:, 0]).square().sum(dim=1, keepdim=True)
         cosine = 1 - torch.cosine_similarity(query, template[:, 0]).unsqueeze(1)
         distances.append({"PatchCore": squared, "AnomalyDINO": squared / 2}.get(name, cosine))
-    distance = torch.stack(distances).mean(dim=0)
+    distance = torch.stack(distances).sum(dim=0)  # PatchCore stacks its levels, others average
+    distance = distance if name == "PatchCore" else distance / len(distances)
     torch.testing.assert_close(match.host_map, distance, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("bank", BANKS)
+@pytest.mark.parametrize("name", BANK_DETECTORS)
+@torch.inference_mode()
+def test_an_image_is_not_matched_with_itself(
+    name: str, bank: str, tiny_encoder: FrozenEncoder, tmp_path: Path
+) -> None:
+    """As if the bank had been made without it."""
+    detector = fitted(name, tiny_encoder, tmp_path / "all", bank=bank, coreset_ratio=1.0)
+    batch = good_batches()[1]  # wood
+    number = torch.tensor([image_number(sample.id) for sample in batch.sample])
+    category = torch.ones(len(number), dtype=torch.int64)
+    assert detector.match(batch.image, category).host_map.max() < 1e-5
+    match = detector.match(batch.image, category, image_number=number)
+    for i in range(len(number)):
+        others = [j for j in range(len(number)) if j != i]
+        rest = batch_of(
+            [batch.image[j] for j in others], ["wood"] * 3, ids=[batch.sample[j].id for j in others]
+        )
+        without = fitted(
+            name,
+            tiny_encoder,
+            tmp_path / str(i),
+            bank=bank,
+            coreset_ratio=1.0,
+            batches=[good_batches()[0], rest],
+        )
+        alone = without.match(batch.image[i : i + 1], category[:1])
+        torch.testing.assert_close(match.host_map[i], alone.host_map[0], rtol=1e-3, atol=1e-5)
+        for ours, theirs in zip(match.template, alone.template, strict=True):
+            torch.testing.assert_close(ours[i], theirs[0], rtol=1e-3, atol=1e-4)
 
 
 @torch.inference_mode()

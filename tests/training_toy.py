@@ -83,12 +83,12 @@ def source(
     """Pictures in memory; `reads` collects what was asked for."""
     images = pictures(count)
 
-    def read(indices: Sequence[int]) -> tuple[Tensor, list[int], list[Failure]]:
+    def read(indices: Sequence[int]) -> tuple[tuple[Tensor, ...], list[int], list[Failure]]:
         if reads is not None:
             reads.append(list(indices))
         readable = [i for i in indices if i not in unreadable]
         failures = [Failure(Path(f"{i}.png"), "torn") for i in indices if i in unreadable]
-        return images[readable], readable, failures
+        return (images[readable],), readable, failures
 
     return OnlineFeatures(
         read, encode or Toy().encode, torch.arange(count) % 3, torch.device("cpu")

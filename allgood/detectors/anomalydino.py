@@ -89,8 +89,11 @@ class AnomalyDINO(nn.Module):
         self.references = CategoryReferences(len(categories), sum(encoder.channels))
         self.bank: Tensor
         self.bank_category: Tensor
+        self.bank_image: Tensor
         self.register_buffer("bank", torch.empty(0, 0))  # (M, C), rows of unit length
         self.register_buffer("bank_category", torch.empty(0, dtype=torch.int64))  # (M,)
+        # Which good image a row is of, see `image_number`.
+        self.register_buffer("bank_image", torch.empty(0, dtype=torch.int64))  # (M,)
 
     def fit(
         self,
@@ -125,9 +128,16 @@ class AnomalyDINO(nn.Module):
         chosen = choose_rows(tokens, groups, ratio, progress=progress)
         self.bank = tokens[chosen].to(self.bank.device)
         self.bank_category = category[chosen].to(self.bank.device)
+        self.bank_image = store.patch_images()[chosen].to(self.bank.device)
 
-    def match(self, image: Tensor, category: Tensor | None = None) -> Match:
-        query, distance, nearest, _ = self._search(image, category)
+    def match(
+        self,
+        image: Tensor,
+        category: Tensor | None = None,
+        *,
+        image_number: Tensor | None = None,
+    ) -> Match:
+        query, distance, nearest, _ = self._search(image, category, image_number)
         batch, channels, height, width = query.shape
         template = self.bank[nearest[..., 0].flatten()].view(batch, 1, height, width, channels)
         return Match([query], [template.permute(0, 1, 4, 2, 3)], distance)
@@ -159,7 +169,7 @@ class AnomalyDINO(nn.Module):
         return torch.cat([F.normalize(resize_map(level, grid), dim=1) for level in levels], dim=1)
 
     def _search(
-        self, image: Tensor, category: Tensor | None
+        self, image: Tensor, category: Tensor | None, image_number: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """query (B, C, h, w), distance (B, 1, h, w), nearest rows (B, h, w, K), category (B,)."""
         levels = self.encoder(image)
@@ -178,8 +188,11 @@ class AnomalyDINO(nn.Module):
                 )
         rows = query.flatten(2).transpose(1, 2)  # (B, N, C)
         own = None if self.config.bank == "shared" else (category, self.bank_category)
+        not_from = None if image_number is None else (image_number, self.bank_image)
         k = self.config.num_neighbors
-        squared, nearest = search_bank(rows, self.bank, k, own=own, visible=visible.flatten(1))
+        squared, nearest = search_bank(
+            rows, self.bank, k, own=own, visible=visible.flatten(1), not_from=not_from
+        )
         # Of unit vectors, half the squared distance is 1 - cosine.
         distance = squared.view(batch, 1, height, width, k).mean(dim=-1) / 2
         return query, distance, nearest.view(batch, height, width, k), category

@@ -165,7 +165,13 @@ class Dinomaly(nn.Module):
             targets, rebuilt, self.config.discard_rate * ramp, shrink=self.config.shrink
         )
 
-    def match(self, image: Tensor, category: Tensor | None = None) -> Match:
+    def match(
+        self,
+        image: Tensor,
+        category: Tensor | None = None,
+        *,
+        image_number: Tensor | None = None,
+    ) -> Match:
         groups = self.encode(image)
         rebuilt = self.decode(groups, self._grid(image))
         query = [self._patches(group, self._grid(image)) for group in groups]

@@ -91,8 +91,11 @@ class PatchCore(nn.Module):
         self.references = CategoryReferences(len(categories), sum(encoder.channels))
         self.bank: Tensor
         self.bank_category: Tensor
+        self.bank_image: Tensor
         self.register_buffer("bank", torch.empty(0, 0))  # (M, C)
         self.register_buffer("bank_category", torch.empty(0, dtype=torch.int64))  # (M,)
+        # Which good image a row is of, see `image_number`.
+        self.register_buffer("bank_image", torch.empty(0, dtype=torch.int64))  # (M,)
 
     def fit(
         self,
@@ -119,12 +122,24 @@ class PatchCore(nn.Module):
         chosen = choose_rows(patches, groups, ratio, start=self._start, progress=progress)
         self.bank = patches[chosen].to(self.bank.device)
         self.bank_category = category[chosen].to(self.bank.device)
+        self.bank_image = store.patch_images()[chosen].to(self.bank.device)
 
-    def match(self, image: Tensor, category: Tensor | None = None) -> Match:
-        query, distance, nearest, _ = self._search(image, category)
+    def match(
+        self,
+        image: Tensor,
+        category: Tensor | None = None,
+        *,
+        image_number: Tensor | None = None,
+    ) -> Match:
+        query, distance, nearest, _ = self._search(image, category, image_number)
         batch, channels, height, width = query.shape
-        template = self.bank[nearest[..., 0].flatten()].view(batch, 1, height, width, channels)
-        return Match([query], [template.permute(0, 1, 4, 2, 3)], distance)
+        template = self.bank[nearest[..., 0].flatten()].view(batch, height, width, channels)
+        # Levels that stand side by side in a patch come apart again.
+        sizes = [channels] if self.config.embedding == "official" else list(self.encoder.channels)
+        templates = template.permute(0, 3, 1, 2).split(sizes, dim=1)
+        return Match(
+            list(query.split(sizes, dim=1)), [part.unsqueeze(1) for part in templates], distance
+        )
 
     def predict(
         self,
@@ -171,7 +186,7 @@ class PatchCore(nn.Module):
                 return approximate_start(features, anchors)
 
     def _search(
-        self, image: Tensor, category: Tensor | None
+        self, image: Tensor, category: Tensor | None, image_number: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """query (B, C, h, w), distance (B, 1, h, w), nearest rows (B, h, w, k), category (B,)."""
         levels = self.encoder(image)
@@ -181,8 +196,9 @@ class PatchCore(nn.Module):
         batch, _, height, width = query.shape
         rows = query.flatten(2).transpose(1, 2)  # (B, N, C)
         own = None if self.config.bank == "shared" else (category, self.bank_category)
+        not_from = None if image_number is None else (image_number, self.bank_image)
         k = self.config.num_neighbors
-        distance, nearest = search_bank(rows, self.bank, k, own=own)
+        distance, nearest = search_bank(rows, self.bank, k, own=own, not_from=not_from)
         distance = distance.view(batch, 1, height, width, k).mean(dim=-1)
         return query, distance, nearest.view(batch, height, width, k), category
 

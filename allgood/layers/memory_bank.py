@@ -119,6 +119,7 @@ def search_bank(
     *,
     own: tuple[Tensor, Tensor] | None = None,
     visible: Tensor | None = None,
+    not_from: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Squared distance and index of the k nearest bank rows of every patch.
 
@@ -128,6 +129,8 @@ def search_bank(
         own: the images' categories (B,) and the bank rows' (M,), ascending: search only rows of
             the image's own category. None: all rows.
         visible: (B, N) bool; other patches get distance 0 to row 0. None: all.
+        not_from: the images' numbers (B,) and the bank rows' (M,): no image is compared with rows
+            of its own. None: with all rows.
 
     Returns:
         distances (B, N, k) float32, ascending, and bank rows (B, N, k) int64.
@@ -135,6 +138,8 @@ def search_bank(
     Raises:
         ValueError: fewer than k rows to search.
     """
+    if not_from is not None:
+        return _search_others(rows, bank, k, own, visible, *not_from)
     batch, patches, _ = rows.shape
     distance = rows.new_zeros(batch, patches, k)
     nearest = torch.zeros_like(distance, dtype=torch.int64)
@@ -156,3 +161,28 @@ def search_bank(
         found, row = nearest_distance(rows[mine], bank[begin:end], k=k)
         distance[mine], nearest[mine] = found, row + begin
     return distance, nearest
+
+
+def _search_others(
+    rows: Tensor,
+    bank: Tensor,
+    k: int,
+    own: tuple[Tensor, Tensor] | None,
+    visible: Tensor | None,
+    image: Tensor,
+    bank_image: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`search_bank` image by image, each in the bank without its own rows."""
+    found = []
+    for i, number in enumerate(image):
+        others = (bank_image != number).nonzero().squeeze(1)
+        mine = slice(i, i + 1)
+        distance, nearest = search_bank(
+            rows[mine],
+            bank[others],
+            k,
+            own=None if own is None else (own[0][mine], own[1][others]),
+            visible=None if visible is None else visible[mine],
+        )
+        found.append((distance, others[nearest]))
+    return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])

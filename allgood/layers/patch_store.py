@@ -94,7 +94,7 @@ class PatchStore:
                 rows = rows[torch.randperm(len(rows), generator=generator)[:limit].sort().values]
             self._append("patches", rows.cpu().numpy())
             self._append("patch_category", np.full((len(rows), 1), index))
-            self._append("patch_image", np.full((len(rows), 1), _key(id)))
+            self._append("patch_image", np.full((len(rows), 1), image_number(id)))
         self._append("global_feature", global_feature.cpu().numpy())
         self._append("image_category", category.cpu().numpy()[:, None])
 
@@ -144,6 +144,6 @@ class PatchStore:
         return self.folder / f"{name}.{np.dtype(_DTYPE[name])}"
 
 
-def _key(id: str) -> int:
-    """63 bits of an image's id, the same in every process."""
+def image_number(id: str) -> int:
+    """63 bits of a sample's id, the same in every process: by them a bank knows its own images."""
     return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big") >> 1

@@ -44,16 +44,16 @@ class OnlineFeatures:
 
     def __init__(
         self,
-        read: Callable[[Sequence[int]], tuple[Tensor, list[int], list[Failure]]],
-        encode: Callable[[Tensor], tuple[Tensor, ...]],
+        read: Callable[[Sequence[int]], tuple[tuple[Tensor, ...], list[int], list[Failure]]],
+        encode: Callable[..., tuple[Tensor, ...]],
         category: Tensor,
         device: torch.device,
     ) -> None:
         """
         Args:
-            read: indices -> (B, 3, H, W) in [0, 1], the B indices that could be read, and why
-                the others could not, in their order. It is called from another thread.
-            encode: as `Learner.encode`.
+            read: indices -> what `encode` takes, (B, ...) each; the B indices that could be read;
+                and why the others could not, in their order. It is called from another thread.
+            encode: as `Learner.encode`, which takes the image alone; others may take more.
             category: (N,) int64 of all pictures.
             device: of the encoder.
         """
@@ -69,18 +69,21 @@ class OnlineFeatures:
     def batches(self, order: Iterable[Sequence[int]]) -> Generator[TrainingBatch, None, None]:
         """See `Source`. The next batch is read while this one is used."""
 
-        def read(indices: Sequence[int]) -> tuple[Tensor, list[int], dict[int, Failure]]:
-            image, readable, failures = self._read(indices)
+        def read(
+            indices: Sequence[int],
+        ) -> tuple[tuple[Tensor, ...], list[int], dict[int, Failure]]:
+            inputs, readable, failures = self._read(indices)
             unreadable = [i for i in indices if i not in set(readable)]
-            return image, readable, dict(zip(unreadable, failures, strict=True))
+            return inputs, readable, dict(zip(unreadable, failures, strict=True))
 
-        for image, readable, failures in read_ahead(read, order):
+        for inputs, readable, failures in read_ahead(read, order):
             self.failures.update(failures)
             index = torch.tensor(readable, dtype=torch.int64)
             features: tuple[Tensor, ...] = ()
             if readable:
                 with torch.no_grad():
-                    encoded = self._encode(image.to(self.device, non_blocking=True))
+                    moved = [part.to(self.device, non_blocking=True) for part in inputs]
+                    encoded = self._encode(*moved)
                     features = tuple(feature.float() for feature in encoded)
             yield TrainingBatch(features, self.category[index].to(self.device), index)
 
