@@ -76,6 +76,20 @@ def ignored_patches(ignore: Tensor | None, grid: tuple[int, int]) -> Tensor | No
     return F.interpolate(ignore.float(), grid, mode="area") > 0.5
 
 
+def hidden_patches(distance: Tensor, ignore: Tensor | None) -> Tensor:
+    """The patches' distances (B, 1, h, w), 0 where they are ignored."""
+    ignored = ignored_patches(ignore, (distance.shape[-2], distance.shape[-1]))
+    return distance if ignored is None else distance.masked_fill(ignored, 0)
+
+
+def hidden_pixels(anomaly_map: Tensor, ignore: Tensor | None) -> Tensor:
+    """The map (B, 1, H', W'), 0 where the image's pixels (B, 1, H, W) are ignored."""
+    if ignore is None:
+        return anomaly_map
+    size = (anomaly_map.shape[-2], anomaly_map.shape[-1])
+    return anomaly_map.masked_fill(F.interpolate(ignore.float(), size) > 0.5, 0)
+
+
 def visible_rows(rows: Tensor, ignored: Tensor | None) -> list[Tensor]:
     """Patches (B, N, C) of each image without the ignored ones (B, 1, h, w)."""
     if ignored is None:

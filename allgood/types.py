@@ -85,6 +85,8 @@ class Match:
     position."""
     host_map: Tensor
     """(B, 1, h, w): the detector's own distance before resizing and smoothing."""
+    category: Tensor
+    """(B,) int64: the category each image was matched as, given or inferred."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,23 @@ class Detector(Protocol):
             category: (B,) int64, or None: inferred, the nearest category by global feature.
             ignore: (B, 1, H, W) bool; ignored pixels get 0 and do not count in the score.
             map_size: (height, width) of the map; None: the image's.
+        """
+        ...
+
+    def anomaly_map(
+        self,
+        host_map: Tensor,
+        image_size: tuple[int, int],
+        *,
+        ignore: Tensor | None = None,
+        map_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """The map of `predict` from the distance of `match`: resized and smoothed.
+
+        Args:
+            host_map: (B, 1, h, w).
+            image_size: (H, W) of the images.
+            ignore, map_size: as in `predict`.
         """
         ...
 

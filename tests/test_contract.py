@@ -172,6 +172,18 @@ def test_an_image_is_not_matched_with_itself(
 
 
 @torch.inference_mode()
+def test_the_map_follows_from_the_match(detector: Any) -> None:
+    images = both_kinds((96, 128))
+    ignore = torch.zeros(4, 1, 96, 128, dtype=torch.bool)
+    ignore[..., :50, 20:70] = True
+    host_map = detector.match(images, CATEGORY).host_map
+    for size in (None, (50, 70), (256, 256)):
+        prediction = detector.predict(images, CATEGORY, ignore=ignore, map_size=size)
+        ours = detector.anomaly_map(host_map, (96, 128), ignore=ignore, map_size=size)
+        torch.testing.assert_close(ours, prediction.anomaly_map)
+
+
+@torch.inference_mode()
 def test_ignored_regions_are_zero_and_do_not_count(detector: Any) -> None:
     images = both_kinds()
     top, left = DEFECT

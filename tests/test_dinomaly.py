@@ -516,9 +516,9 @@ def test_the_maps_frame_is_darker() -> None:
 def test_predict_is_the_pipeline(vit: FrozenEncoder, size: tuple[int, int]) -> None:
     model = shaken(small(vit))
     image = images(3, size)
-    host_map = model.match(image).host_map
-    expected = four_steps(host_map, size)
     category = torch.tensor([1, 0, 1])
+    host_map = model.match(image, category).host_map
+    expected = four_steps(host_map, size)
     prediction = model.predict(image, category, map_size=(256, 256))
     assert (prediction.anomaly_map - expected).abs().max() < 2e-6
     assert torch.equal(prediction.category, category)
@@ -537,7 +537,9 @@ def test_predict_is_the_pipeline(vit: FrozenEncoder, size: tuple[int, int]) -> N
 
 def answering(model: Any, host_map: Tensor) -> Any:
     feature = torch.ones(len(host_map), 64, *host_map.shape[-2:])
-    model.match = lambda image, category=None: Match([feature], [feature.unsqueeze(1)], host_map)
+    model.match = lambda image, category=None: Match(
+        [feature], [feature.unsqueeze(1)], host_map, category
+    )
     return model
 
 
@@ -586,7 +588,8 @@ def test_match(constraint: Any, count: int) -> None:
         small(random_encoder("test_vit", (0, 1, 2, 3)), constraint=constraint, decoder_depth=4)
     )
     image = images(2, (64, 96))
-    match = model.match(image)
+    match = model.match(image, torch.tensor([1, 0]))
+    assert match.category.tolist() == [1, 0]
     assert [q.shape for q in match.query] == [(2, 64, 4, 6)] * count
     assert [t.shape for t in match.template] == [(2, 1, 64, 4, 6)] * count
     assert match.host_map.shape == (2, 1, 4, 6)
@@ -654,7 +657,7 @@ def test_every_parameter_learns(vit: FrozenEncoder, settings: dict[str, Any]) ->
 def test_the_decoder_is_told_its_grid_and_mask(vit: FrozenEncoder) -> None:
     model = small(vit, neighbour_mask=3)
     model.decoder = nn.ModuleList(Answers(i) for i in range(2))
-    model.match(images(1, (64, 96)))
+    model.match(images(1, (64, 96)), torch.tensor([0]))
     model.training_loss(training_batch(model, images(1)), 0)
     for block in model.decoder:
         for asked, grid in zip(block.asked, ((4, 6), (6, 6)), strict=True):

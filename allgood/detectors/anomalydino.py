@@ -27,7 +27,13 @@ from allgood.layers.memory_bank import (
     search_bank,
 )
 from allgood.layers.patch_store import PatchStore
-from allgood.scoring import gaussian_smooth, ignored_patches, resize_map, top_fraction_mean
+from allgood.scoring import (
+    gaussian_smooth,
+    hidden_patches,
+    hidden_pixels,
+    resize_map,
+    top_fraction_mean,
+)
 from allgood.types import Batch, InputError, Match, Prediction
 
 MASKED_CATEGORIES = frozenset(
@@ -137,10 +143,10 @@ class AnomalyDINO(nn.Module):
         *,
         image_number: Tensor | None = None,
     ) -> Match:
-        query, distance, nearest, _ = self._search(image, category, image_number)
+        query, distance, nearest, category = self._search(image, category, image_number)
         batch, channels, height, width = query.shape
         template = self.bank[nearest[..., 0].flatten()].view(batch, 1, height, width, channels)
-        return Match([query], [template.permute(0, 1, 4, 2, 3)], distance)
+        return Match([query], [template.permute(0, 1, 4, 2, 3)], distance, category)
 
     def predict(
         self,
@@ -151,15 +157,21 @@ class AnomalyDINO(nn.Module):
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
         _, distance, _, category = self._search(image, category)
-        ignored = ignored_patches(ignore, (distance.shape[-2], distance.shape[-1]))
-        if ignored is not None:
-            distance = distance.masked_fill(ignored, 0)
-        score = top_fraction_mean(distance, self.config.top_fraction)
-        size = map_size or (image.shape[-2], image.shape[-1])
-        anomaly_map = gaussian_smooth(resize_map(distance, size), self.config.sigma)
-        if ignore is not None:
-            anomaly_map = anomaly_map.masked_fill(F.interpolate(ignore.float(), size) > 0.5, 0)
+        score = top_fraction_mean(hidden_patches(distance, ignore), self.config.top_fraction)
+        size = (image.shape[-2], image.shape[-1])
+        anomaly_map = self.anomaly_map(distance, size, ignore=ignore, map_size=map_size)
         return Prediction(anomaly_map, score, category)
+
+    def anomaly_map(
+        self,
+        host_map: Tensor,
+        image_size: tuple[int, int],
+        *,
+        ignore: Tensor | None = None,
+        map_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        distance = resize_map(hidden_patches(host_map, ignore), map_size or image_size)
+        return hidden_pixels(gaussian_smooth(distance, self.config.sigma), ignore)
 
     def embed(self, levels: list[Tensor]) -> Tensor:
         """Tokens (B, C, h, w) of a ViT's level; several levels meet on the first one's grid."""

@@ -23,7 +23,7 @@ from allgood.encoders.frozen import FrozenEncoder
 from allgood.encoders.tiled import Encoder
 from allgood.layers.attention import linear_attention, neighbour_mask, softmax_attention
 from allgood.layers.categories import CategoryReferences, global_feature
-from allgood.scoring import gaussian_kernel, ignored_patches, top_fraction_mean
+from allgood.scoring import gaussian_kernel, hidden_patches, hidden_pixels, top_fraction_mean
 from allgood.types import InputError, Match, Prediction, TrainingBatch
 
 SCORE_SIDE = 256
@@ -179,7 +179,10 @@ class Dinomaly(nn.Module):
         distance = _mean(
             [cosine_distance(q, t, dim=1) for q, t in zip(query, template, strict=True)]
         )
-        return Match(query, [level.unsqueeze(1) for level in template], distance.unsqueeze(1))
+        if category is None:
+            category = self.references.infer([query[-1]])
+        templates = [level.unsqueeze(1) for level in template]
+        return Match(query, templates, distance.unsqueeze(1), category)
 
     def predict(
         self,
@@ -189,21 +192,31 @@ class Dinomaly(nn.Module):
         ignore: Tensor | None = None,
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
-        match = self.match(image)
-        distance = match.host_map  # (B, 1, h, w)
-        ignored = ignored_patches(ignore, (distance.shape[-2], distance.shape[-1]))
-        if ignored is not None:
-            distance = distance.masked_fill(ignored, 0)
+        match = self.match(image, category)
         sides = (image.shape[-2], image.shape[-1])
-        scored = _resampled(distance, sides, (SCORE_SIDE, SCORE_SIDE), ignore)
+        scored = self.anomaly_map(
+            match.host_map, sides, ignore=ignore, map_size=(SCORE_SIDE, SCORE_SIDE)
+        )
         score = top_fraction_mean(scored, self.config.top_fraction)
-        size = map_size or sides
-        anomaly_map = scored
-        if size != (SCORE_SIDE, SCORE_SIDE):
-            anomaly_map = _resampled(distance, sides, size, ignore)
-        if category is None:
-            category = self.references.infer([match.query[-1]])
-        return Prediction(anomaly_map, score, category)
+        if map_size == (SCORE_SIDE, SCORE_SIDE):
+            return Prediction(scored, score, match.category)
+        anomaly_map = self.anomaly_map(match.host_map, sides, ignore=ignore, map_size=map_size)
+        return Prediction(anomaly_map, score, match.category)
+
+    def anomaly_map(
+        self,
+        host_map: Tensor,
+        image_size: tuple[int, int],
+        *,
+        ignore: Tensor | None = None,
+        map_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        size = map_size or image_size
+        rows = map_matrix(host_map.shape[-2], image_size[0], size[0]).to(host_map.device)
+        columns = map_matrix(host_map.shape[-1], image_size[1], size[1]).to(host_map.device)
+        with torch.autocast(host_map.device.type, enabled=False):  # distances stay float32
+            smoothed = rows @ hidden_patches(host_map.float(), ignore) @ columns.T
+        return hidden_pixels(smoothed, ignore)
 
     def _grid(self, image: Tensor) -> tuple[int, int]:
         patch = self.encoder.strides[0]
@@ -370,19 +383,6 @@ def map_matrix(patches: int, side: int, size: int) -> Tensor:
         if size != SCORE_SIDE:
             x = F.interpolate(x, size, mode="linear", align_corners=False)
         return x[0].T.float().contiguous()
-
-
-def _resampled(
-    distance: Tensor, sides: tuple[int, int], size: tuple[int, int], ignore: Tensor | None
-) -> Tensor:
-    """(B, 1, h, w) -> (B, 1, *size), smoothed; ignored pixels are 0."""
-    rows = map_matrix(distance.shape[-2], sides[0], size[0]).to(distance.device)
-    columns = map_matrix(distance.shape[-1], sides[1], size[1]).to(distance.device)
-    with torch.autocast(distance.device.type, enabled=False):  # distances stay float32
-        anomaly_map = rows @ distance.float() @ columns.T
-    if ignore is not None:
-        anomaly_map = anomaly_map.masked_fill(F.interpolate(ignore.float(), size) > 0.5, 0)
-    return anomaly_map
 
 
 def _chunks(layers: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:

@@ -27,7 +27,7 @@ from allgood.layers.memory_bank import (
 )
 from allgood.layers.nearest import nearest_distance
 from allgood.layers.patch_store import PatchStore
-from allgood.scoring import gaussian_smooth, ignored_patches, resize_map
+from allgood.scoring import gaussian_smooth, hidden_patches, hidden_pixels, resize_map
 from allgood.types import Batch, InputError, Match, Prediction
 
 _BY_DIFFERENCE = "donot_use_mm_for_euclid_dist"
@@ -131,14 +131,17 @@ class PatchCore(nn.Module):
         *,
         image_number: Tensor | None = None,
     ) -> Match:
-        query, distance, nearest, _ = self._search(image, category, image_number)
+        query, distance, nearest, category = self._search(image, category, image_number)
         batch, channels, height, width = query.shape
         template = self.bank[nearest[..., 0].flatten()].view(batch, height, width, channels)
         # Levels that stand side by side in a patch come apart again.
         sizes = [channels] if self.config.embedding == "official" else list(self.encoder.channels)
         templates = template.permute(0, 3, 1, 2).split(sizes, dim=1)
         return Match(
-            list(query.split(sizes, dim=1)), [part.unsqueeze(1) for part in templates], distance
+            list(query.split(sizes, dim=1)),
+            [part.unsqueeze(1) for part in templates],
+            distance,
+            category,
         )
 
     def predict(
@@ -150,13 +153,9 @@ class PatchCore(nn.Module):
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
         query, distance, nearest, category = self._search(image, category)
-        ignored = ignored_patches(ignore, (distance.shape[-2], distance.shape[-1]))
-        if ignored is not None:
-            distance = distance.masked_fill(ignored, 0)
+        distance = hidden_patches(distance, ignore)
         size = (image.shape[-2], image.shape[-1])
-        anomaly_map = gaussian_smooth(resize_map(distance, size), self.config.sigma)
-        if ignore is not None:
-            anomaly_map = anomaly_map.masked_fill(ignore, 0)
+        anomaly_map = self.anomaly_map(distance, size, ignore=ignore)
         if self.config.image_score == "map_max":
             score = anomaly_map.flatten(1).amax(dim=1)
         else:
@@ -164,6 +163,18 @@ class PatchCore(nn.Module):
             if self.config.reweight:
                 score = self._reweighted(query, distance, nearest, category)
         return Prediction(resize_map(anomaly_map, map_size or size), score, category)
+
+    def anomaly_map(
+        self,
+        host_map: Tensor,
+        image_size: tuple[int, int],
+        *,
+        ignore: Tensor | None = None,
+        map_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        distance = hidden_patches(host_map, ignore)
+        anomaly_map = gaussian_smooth(resize_map(distance, image_size), self.config.sigma)
+        return resize_map(hidden_pixels(anomaly_map, ignore), map_size or image_size)
 
     def embed(self, levels: list[Tensor]) -> Tensor:
         """Locally aware patch features (B, C, h, w) on the first level's grid."""
