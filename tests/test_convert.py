@@ -125,7 +125,8 @@ def test_every_command_takes_a_converted_run(
     image = torch.rand(2, 3, 42, 42)
     with torch.inference_mode():
         ours = inspector.detector.match(image).host_map
-        assert torch.equal(detector.match(image).host_map, ours)
+        category = torch.tensor([0, 1])
+        assert torch.equal(detector.match(image, category).host_map, ours)
 
 
 def test_without_pictures_the_category_must_be_said(

@@ -142,7 +142,7 @@ def answers(size: str, folder: Path, rates: Sequence[str]) -> dict[str, Tensor]:
     ]
     with torch.no_grad():
         match = detector.match(image)
-        detector.match = lambda image: match  # what predict would ask for again
+        detector.match = lambda *_: match  # what predict would ask for again
         prediction = detector.predict(image, map_size=(256, 256))
     for hook in hooks:
         hook.remove()
