@@ -24,6 +24,8 @@ COMMANDS = {
     "calibrate": "set alarm thresholds from good pictures, with a promised false-alarm rate",
     "inspect": "judge pictures: one JSON line each",
     "evaluate": "measure a run on test pictures: table, metrics.json, report.html",
+    "filter": "train a CostFilter behind a fitted detector",
+    "synthesize": "draw anomalies with masks into good pictures: a test set where none exists",
     "convert": "make a run of an official checkpoint",
     "list": "name the detectors, encoders, recipes or data layouts",
 }
@@ -197,6 +199,14 @@ def _command(name: str) -> Callable[..., Any]:
             from allgood.demo import demo
 
             return demo
+        case "filter":
+            from allgood.filtering import filter_
+
+            return filter_
+        case "synthesize":
+            from allgood.synthesizing import synthesize
+
+            return synthesize
         case "convert":
             from allgood.convert import convert
 

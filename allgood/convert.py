@@ -73,8 +73,8 @@ def convert(
     from allgood.detectors.dinomaly import Dinomaly, DinomalyConfig
     from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
     from allgood.inference import choose_device, require_at_least
-    from allgood.runs import ENCODER, FORMAT, command_line, publish
-    from allgood.unfinished import open_state, refuse_folder, withdraw
+    from allgood.runs import ENCODER, FORMAT, command_line
+    from allgood.unfinished import making, refuse_folder
 
     out, official = Path(out), Path(official)
     require_at_least(1, batch_size=batch_size, image_size=image_size, crop=crop)
@@ -86,8 +86,7 @@ def convert(
     where = choose_device(device)
     parts = from_official_dinomaly(_read_official(official))
     transform = Transform(image_size, multiple=14, center_crop=crop)
-    state = open_state(out, {"convert": str(official)}, overwrite=True)
-    try:
+    with making(out, {"convert": str(official)}, overwrite=True) as state:
         new = state / "run"
         shutil.rmtree(new, ignore_errors=True)  # of a killed conversion
         new.mkdir()
@@ -127,11 +126,6 @@ def convert(
             "seconds": round(time.monotonic() - started, 1),
         }
         _write_run(new, model, config, facts)
-        publish(new, out)
-    except BaseException:
-        withdraw(out)
-        raise
-    shutil.rmtree(state)
     return out
 
 

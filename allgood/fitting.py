@@ -271,41 +271,28 @@ def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path
 def _make_run(out: Path, job: _Job, overwrite: bool) -> None:
     """Fit, write, calibrate in state/run, then move the new run into place.
 
-    The same request goes on with what a killed fit left there. Of several processes the first does
-    all but the training alone.
+    Of several processes the first does all but the training alone.
     """
-    from allgood.runs import STATE, is_finished, publish
-    from allgood.unfinished import open_state, withdraw
+    from allgood.runs import STATE, is_finished
+    from allgood.unfinished import making
 
-    fabric = None if job.training is None else job.training.fabric
-    first = fabric is None or fabric.is_global_zero
-    state = open_state(out, job.request(), overwrite) if first else out / STATE
-    new = state / "run"
-    try:
-        finished = first and is_finished(new)
-        if fabric is not None:
-            finished = fabric.broadcast(finished)
+    training = job.training
+    if training is not None and not training.fabric.is_global_zero:
+        if not training.fabric.broadcast(False):
+            _learn(job, training, out / STATE / "training")
+        return
+    with making(out, job.request(), overwrite) as state:
+        new = state / "run"
+        finished = is_finished(new)
+        if training is not None:
+            finished = training.fabric.broadcast(finished)
         if not finished:
             failures = (
                 _fit_bank(job, state / "patches")
-                if job.training is None
-                else _learn(job, job.training, state / "training")
+                if training is None
+                else _learn(job, training, state / "training")
             )
-            if first:
-                _write_run(new, job, failures, state / "training")
-        if not first:
-            return
-        for name in ("patches", "training"):
-            shutil.rmtree(state / name, ignore_errors=True)
-        publish(new, out)
-    except InputError:  # the user must change something, so there is nothing to go on with
-        if first:
-            withdraw(out)
-        raise
-    except OSError as error:
-        error.filename = error.filename or str(state)
-        raise
-    shutil.rmtree(state)
+            _write_run(new, job, failures, state / "training")
     _say_result(out)
 
 

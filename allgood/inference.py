@@ -16,6 +16,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from allgood.calibration import Calibration
+from allgood.costfilter.filtered import FilterConfig, FilteredDetector
 from allgood.data.batches import MaskSize, load_batches
 from allgood.data.files import did_you_mean, pictures_below
 from allgood.data.images import shown
@@ -167,6 +168,15 @@ class Inspector:
             self.categories,
             seed=config["seed"],
         )
+        if "filter" in config:
+            behind = config["filter"]
+            self.detector = FilteredDetector(
+                FilterConfig(**behind["settings"]),
+                self.detector,
+                behind["channels"],
+                tuple(behind["grid"]),
+                behind["seed"],
+            )
 
     def inspect(
         self,

@@ -93,7 +93,7 @@ def learn(
     """
     fabric = training.fabric
     online = online_features(model, pictures, fabric.device)
-    source = _cached(online, training, cache_key, batch_size) or online
+    source = cached(online, training, cache_key, batch_size) or online
     train(model, source, training.config, fabric=fabric, folder=folder, seed=seed)
     return list(source.failures.values())
 
@@ -105,7 +105,7 @@ def online_features(model: Any, pictures: Pictures, device: torch.device) -> Onl
     return OnlineFeatures(_reader(pictures), model.encode, category, device)
 
 
-def _cached(
+def cached(
     online: OnlineFeatures, training: Training, key: Mapping[str, Any], batch_size: int
 ) -> Source | None:
     """The features on disk, built first if need be; None without a cache, which is said."""

@@ -2,12 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from allgood import __version__
-from allgood.runs import CONFIG, STATE, read_json, write_json
+from allgood.runs import CONFIG, STATE, publish, read_json, write_json
 from allgood.types import InputError
 
 _REQUEST = "request.json"
@@ -55,6 +56,26 @@ def open_state(out: Path, request: Mapping[str, Any], overwrite: bool) -> Path:
         ) from None
     write_json(state / _REQUEST, request)
     return state
+
+
+@contextmanager
+def making(out: Path, request: Mapping[str, Any], overwrite: bool) -> Iterator[Path]:
+    """A run comes to be: the block fills state/run of the state's folder that it is given, and
+    calls `finish`; then the run is moved into place.
+
+    The same request goes on with what a killed one left. A user's mistake leaves nothing behind.
+    """
+    state = open_state(out, request, overwrite)
+    try:
+        yield state
+        publish(state / "run", out)
+    except InputError:  # the user must change something, so there is nothing to go on with
+        withdraw(out)
+        raise
+    except OSError as error:
+        error.filename = error.filename or str(state)
+        raise
+    shutil.rmtree(state)
 
 
 def withdraw(out: Path) -> None:

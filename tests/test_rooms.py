@@ -21,6 +21,7 @@ ROOMS = {
     "encoders": {"types"},
     "layers": {"types", "scoring"},
     "detectors": {"types", "encoders", "layers", "scoring"},
+    "costfilter": {"types", "layers", "scoring"},
     "metrics": {"types"},
     "evaluation": {"types", "metrics"},
     "calibration": {"types"},
@@ -36,6 +37,7 @@ ROOMS = {
 
 DOORS = {
     "inference": {
+        "costfilter",
         *("types", "data", "encoders", "detectors", "evaluation", "calibration", "runs"),
         *("ignored", "own_state"),
     },
@@ -45,6 +47,10 @@ DOORS = {
         *("types", "data", "encoders", "layers", "detectors", "runs", "progress", "unfinished"),
         *("ignored", "recipes", "own_state", "training", "inference", "calibrating", "learning"),
     },
+    "filtering": {
+        *("types", "data", "layers", "costfilter", "recipes", "runs", "progress", "unfinished"),
+        *("ignored", "own_state", "training", "inference", "calibrating", "learning"),
+    },
     "convert": {
         *("types", "data", "encoders", "detectors", "runs", "progress", "unfinished"),
         *("own_state", "inference", "learning"),
@@ -53,10 +59,14 @@ DOORS = {
         *("types", "scoring", "data", "metrics", "evaluation", "calibration", "runs"),
         *("progress", "inference"),
     },
+    "synthesizing": {
+        *("types", "data", "evaluation", "runs", "progress", "recipes", "inference"),
+    },
     "demo": {"fitting", "evaluating"},
     "cli": {
         *("types", "data", "encoders", "detectors", "recipes", "runs", "progress", "allgood"),
-        *("inference", "calibrating", "fitting", "convert", "evaluating", "demo"),
+        *("inference", "calibrating", "fitting", "filtering", "convert", "evaluating", "demo"),
+        "synthesizing",
     },
     "allgood": {"types", "inference", "calibrating", "fitting", "evaluating"},
     "__main__": {"cli"},

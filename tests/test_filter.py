@@ -1,0 +1,191 @@
+"""The door `filter`: a CostFilter behind a fitted detector, trained on synthetic anomalies."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from doors import Command, content
+from tiny import CATEGORIES, good_batches, picture, random_encoder, trained, with_defect
+from tiny import fitted as fitted_bank
+
+import allgood as library
+from allgood.costfilter.filtered import FilterConfig, FilteredDetector
+from allgood.own_state import load_own_state, own_state
+from allgood.types import InputError, TrainingBatch
+
+pytest_plugins = ["doors_fixtures"]
+
+FILTER = ["--train", "steps=4", "batch_size=4", "--draws", "1", "--max-false-alarm", "0.1"]
+HOSTS = ("patchcore", "anomalydino", "dinomaly")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    yield tmp_path / "home"
+
+
+@pytest.fixture(scope="module", params=HOSTS)
+def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    name = request.param
+    if name == "dinomaly":
+        return trained(name, random_encoder("test_vit", (1, 2)), steps=20, decoder_depth=2)
+    encoder = (
+        random_encoder("test_vit", (1,), norm=True)
+        if name == "anomalydino"
+        else random_encoder("test_efficientnet", (1, 2))
+    )
+    folder = tmp_path_factory.mktemp("store")
+    return fitted_bank(name, encoder, folder, coreset_ratio=0.5)
+
+
+def behind(host: Any, **settings: Any) -> FilteredDetector:
+    query = host.match(torch.zeros(1, 3, 96, 96), torch.zeros(1, dtype=torch.int64)).query
+    grid = (query[0].shape[-2], query[0].shape[-1])
+    return FilteredDetector(FilterConfig(**settings), host, [q.shape[1] for q in query], grid)
+
+
+def drawn(model: FilteredDetector) -> TrainingBatch:
+    """Good pictures of both categories, every second one with a defect."""
+    images, masks, category = [], [], []
+    for index, name in enumerate(CATEGORIES):
+        for seed in range(4):
+            image, mask = picture(name, seed), torch.zeros(1, 96, 96)
+            if seed % 2:
+                top, left = 10 + 16 * seed, 20 + 10 * seed
+                image, mask[:, top : top + 24, left : left + 24] = with_defect(image, top, left), 1
+            images.append(image)
+            masks.append(mask)
+            category.append(index)
+    batch = torch.stack(images), torch.stack(masks), torch.tensor(category)
+    with torch.no_grad():
+        features = model.encode(*batch, torch.zeros(8, dtype=torch.int64))
+    return TrainingBatch(features, batch[2], torch.arange(8))
+
+
+@pytest.mark.parametrize("templates", ["match", "good"])
+def test_a_filter_learns_behind_every_host(host: Any, templates: Any) -> None:
+    model = behind(host, templates=templates, num_templates=2).train()
+    if templates == "good":
+        with torch.no_grad():
+            levels = [
+                host.match(batch.image[:2], torch.full((2,), i)).query
+                for i, batch in enumerate(good_batches())
+            ]
+        model.keep_templates([torch.stack(level) for level in zip(*levels, strict=True)])
+    before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
+    batch = drawn(model)
+    model.prepare([batch])
+    assert (model.good_range[:, 1] > model.good_range[:, 0]).all()
+    optimizer = torch.optim.Adam(model.network.parameters(), lr=2e-3)
+    losses = []
+    for step in range(25):
+        optimizer.zero_grad()
+        loss = model.training_loss(batch, step)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    for name, tensor in host.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    model.eval()
+    with torch.inference_mode():
+        image = torch.stack([picture("wood", 1), with_defect(picture("wood", 1), 58, 50)])
+        category = torch.ones(2, dtype=torch.int64)
+        prediction = model.predict(image, category)
+        assert prediction.anomaly_map.shape == (2, 1, 96, 96)
+        assert prediction.image_score[1] > prediction.image_score[0]
+        assert prediction.category.tolist() == [1, 1]
+        # Folded or not, in parts or together: the same maps.
+        maps = model.maps(model.match(image, category), (96, 96))
+        torch.testing.assert_close(maps.fused, (maps.filter + maps.host) / 2)
+        torch.testing.assert_close(maps.fused, prediction.anomaly_map)
+        assert maps.filter.min() >= 0 and maps.filter.max() <= 1 and maps.host.min() >= 0
+        again = behind(host, templates=templates, num_templates=2)
+        load_own_state(again, {k: v.clone() for k, v in own_state(model).items()})
+        other = again.eval().predict(image, category)
+        torch.testing.assert_close(other.anomaly_map, prediction.anomaly_map)
+        model._folded = []
+        torch.testing.assert_close(
+            model.predict(image, category).anomaly_map, prediction.anomaly_map, atol=1e-4, rtol=1e-3
+        )
+        ignore = torch.zeros(2, 1, 96, 96, dtype=torch.bool)
+        ignore[..., 40:, :] = True
+        hidden = model.predict(image, category, ignore=ignore, map_size=(48, 50))
+        assert hidden.anomaly_map.shape == (2, 1, 48, 50)
+        assert (hidden.anomaly_map[..., 21:, :] == 0).all()
+
+
+def test_the_hosts_scale() -> None:
+    """Good pixels' median is 0, their 99.5th percentile 0.5, per category."""
+    host = trained("dinomaly", random_encoder("test_vit", (1, 2)), steps=0, decoder_depth=2)
+    model = behind(host)
+    generator = torch.Generator().manual_seed(0)
+    host_map = torch.rand((400, 1, 6, 6), generator=generator) * 3 + 1
+    category = torch.arange(400) % 2
+    host_map[category == 1] *= 10
+    mask = torch.zeros(400, 1, 8, 8)
+    mask[:2] = 1  # painted: no good pixels
+    host_map[:2] = 1000
+    model.prepare([TrainingBatch((host_map, mask), category, torch.arange(400))])
+    for index, scale in ((0, 1), (1, 10)):
+        good = host_map[2:][category[2:] == index].flatten()
+        expected = torch.tensor([good.median(), good.quantile(0.995)])
+        torch.testing.assert_close(model.good_range[index], expected, rtol=1e-3, atol=1e-3 * scale)
+    scaled = model._on_scale(host_map[2:], category[2:])
+    assert scaled.min() == 0
+    assert scaled.flatten().quantile(0.995) == pytest.approx(0.5, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"fusion": 1.5}, "fusion must be in"),
+        ({"num_templates": 0}, "num_templates must be at least 1"),
+        ({"top_fraction": 0.0}, "top_fraction must be in"),
+    ],
+)
+def test_settings_that_are_none(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        FilterConfig(**settings)
+
+
+def test_every_command_takes_a_filtered_run(
+    allgood: Command, run: Path, tree: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "filtered"
+    answer = allgood("filter", run, tree, "--out", out, *FILTER)
+    assert answer.code == 0, answer.err
+    assert answer.out.strip() == str(out)
+    files = {"config.json", "weights.safetensors", "calibration.json", "provenance.json"}
+    assert set(content(out)) == {*files, "training.jsonl"}
+    config = json.loads((out / "config.json").read_text())
+    assert config["filter"]["settings"]["fusion"] == 0.5
+    assert allgood("evaluate", out, tree).code == 0
+    bad = tree / "wood" / "test" / "hole" / "000.png"
+    (record,) = allgood("inspect", out, bad, "--overlays", tmp_path / "heat").records
+    assert record["category"] == "wood" and record["p_value"] is not None
+    host, filtered = library.Inspector(run), library.Inspector(out)
+    assert torch.equal(host.detector.bank, filtered.detector.host.bank)
+    # The same request gives the same filter; another seed another one.
+    again = tmp_path / "again"
+    assert allgood("filter", run, tree, "--out", again, *FILTER).code == 0
+    assert content(again)["weights.safetensors"] == content(out)["weights.safetensors"]
+    words = [*FILTER, "--settings", "templates=good", "num_templates=2", "--no-cache"]
+    assert allgood("filter", run, tree, "--out", tmp_path / "good", *words).code == 0
+    assert library.Inspector(tmp_path / "good").detector.template_0.abs().sum() > 0
+
+
+def test_what_a_filter_refuses(allgood: Command, run: Path, tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["filter", run, tree, "--out", out]
+    assert allgood.refused(*words, "--train", "steps=0").startswith("steps must be at least 1")
+    assert allgood.refused(*words, "--settings", "fusion=2").startswith("fusion must be in")
+    assert allgood.refused(*words, "--synthesis", "spott=1").startswith("unknown setting 'spott'")
+    assert allgood.refused(*words, "--draws", "0").startswith("draws must be at least 1")
+    said = allgood.refused("filter", run, tree / "wood" / "test" / "good", "--out", out)
+    assert "was fitted on" in said or "category" in said
+    assert not out.exists()
