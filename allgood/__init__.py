@@ -4,21 +4,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Inspector", "calibrate", "evaluate", "fit"]
+__all__ = [
+    "InputError",
+    "Inspector",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "filter",
+    "fit",
+    "synthesize",
+]
 
 if TYPE_CHECKING:
     from allgood.calibrating import calibrate
+    from allgood.converting import convert
     from allgood.evaluating import evaluate
+    from allgood.filtering import filter
     from allgood.fitting import fit
     from allgood.inference import Inspector
+    from allgood.synthesizing import synthesize
     from allgood.types import InputError
 
 _HOME = {
     "InputError": "allgood.types",
     "Inspector": "allgood.inference",
     "calibrate": "allgood.calibrating",
+    "convert": "allgood.converting",
     "evaluate": "allgood.evaluating",
+    "filter": "allgood.filtering",
     "fit": "allgood.fitting",
+    "synthesize": "allgood.synthesizing",
 }
 
 

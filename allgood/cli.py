@@ -200,15 +200,15 @@ def _command(name: str) -> Callable[..., Any]:
 
             return demo
         case "filter":
-            from allgood.filtering import filter_
+            from allgood.filtering import filter
 
-            return filter_
+            return filter
         case "synthesize":
             from allgood.synthesizing import synthesize
 
             return synthesize
         case "convert":
-            from allgood.convert import convert
+            from allgood.converting import convert
 
             return convert
         case "inspect":

@@ -42,7 +42,7 @@ MASK_SIDE = 128
 """Side of the masks that the filter learns from."""
 
 
-def filter_(
+def filter(
     run: Path,
     data: list[Path],
     *,
@@ -127,6 +127,11 @@ def filter_(
         nodes=1,
         tensorboard=None,
     )
+    if train_config.precision != "fp32" and training.fabric.device.type == "cpu":
+        raise InputError(
+            "on a CPU a filter is trained in fp32, as the gradients of 3-D convolutions are not "
+            "reliable in bf16 there: leave out --train precision"
+        )
     drawing = _Drawing(taught, draws, inspector, synthesis_config, seed)
     channels, grid = _shape_of_match(inspector, taught)
     model = FilteredDetector(config, inspector.detector, channels, grid, seed)
@@ -157,7 +162,7 @@ def filter_(
         if not is_finished(new):
             failures = _train(model, drawing, training, state / "training", key, batch_size, seed)
             facts = {
-                "command": command_line(filter_, arguments).replace("filter_", "filter", 1),
+                "command": command_line(filter, arguments),
                 "host": str(run),
                 "data_fingerprint": fingerprint([*learned, *fresh]),
                 "fitted_on": sorted(known | set(digests(learned).values())),

@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from allgood import Inspector, fit
+from allgood import Inspector, filter, fit
 from allgood.data.batches import load_batches
 from allgood.data.readers import read_data
-from allgood.filtering import filter_
 from allgood.metrics import PixelState, image_metrics
 from allgood.scoring import top_fraction_mean
 from allgood.types import Failure
@@ -93,7 +92,7 @@ def main() -> None:
                 train_share=arguments.train_share,
                 seed=seed,
             )
-            run = filter_(
+            run = filter(
                 host,
                 arguments.data,
                 out=Path(folder) / "filtered",

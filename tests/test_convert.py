@@ -12,7 +12,7 @@ from doors import Command, content, draw_tree
 from torch import Tensor
 
 import allgood as library
-from allgood.convert import from_official_dinomaly
+from allgood.converting import from_official_dinomaly
 from allgood.detectors.dinomaly import Dinomaly, DinomalyConfig
 from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
 from allgood.types import InputError

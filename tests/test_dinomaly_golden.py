@@ -19,7 +19,7 @@ from fill import fill_state, uniform
 from safetensors.torch import save_file
 from torch import Tensor
 
-from allgood.convert import from_official_dinomaly
+from allgood.converting import from_official_dinomaly
 from allgood.detectors.dinomaly import Dinomaly, DinomalyConfig, cosine_distance
 from allgood.encoders.frozen import EncoderConfig, FrozenEncoder, dinov2_position_embedding
 from allgood.types import TrainingBatch

@@ -185,6 +185,7 @@ def test_what_a_filter_refuses(allgood: Command, run: Path, tree: Path, tmp_path
     assert allgood.refused(*words, "--train", "steps=0").startswith("steps must be at least 1")
     assert allgood.refused(*words, "--settings", "fusion=2").startswith("fusion must be in")
     assert allgood.refused(*words, "--synthesis", "spott=1").startswith("unknown setting 'spott'")
+    assert "trained in fp32" in allgood.refused(*words, "--train", "precision=bf16")
     assert allgood.refused(*words, "--draws", "0").startswith("draws must be at least 1")
     said = allgood.refused("filter", run, tree / "wood" / "test" / "good", "--out", out)
     assert "was fitted on" in said or "category" in said
