@@ -58,6 +58,9 @@ class Toy(nn.Module):
     def match(self, image: Tensor, category: Tensor | None = None) -> Match:
         raise AssertionError("training never asks")
 
+    def anomaly_map(self, host_map: Tensor, image_size: tuple[int, int]) -> Tensor:
+        raise AssertionError("training never asks")
+
     def predict(
         self,
         image: Tensor,
