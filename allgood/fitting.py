@@ -47,7 +47,7 @@ def fit(
     ignore: Path | None = None,
     layout: str | None = None,
     categories: tuple[str, ...] | None = None,
-    per_category: bool = False,
+    per_category: bool | None = None,
     train_share: float = 0.8,
     shots: int | None = None,
     rotate: bool | None = None,
@@ -90,7 +90,8 @@ def fit(
             CATEGORY.png.
         layout: how the data lie on disk, where it is not recognised; see `allgood list datasets`.
         categories: learn only these; default: all that the data hold.
-        per_category: one model per category, in OUT/CATEGORY, instead of one for all.
+        per_category: one model per category, in OUT/CATEGORY, instead of one for all; default:
+            as the recipe has it.
         train_share: share of the good pictures that is for fitting, where disk does not say.
         shots: use only this many good pictures per category (few-shot; the seed picks which).
         rotate: also learn 7 rotated copies of each picture; default: with anomalydino and shots.
@@ -140,7 +141,7 @@ def fit(
     require_at_least(0, seed=seed)
     require_at_least(0.5, memory_gb=memory_gb)
     chosen_recipe = _resolved_recipe(recipe, detector, encoder, levels)
-    if per_category or chosen_recipe.per_category:
+    if chosen_recipe.per_category if per_category is None else per_category:
         return _fit_each(roots, arguments)
     refuse_folder(out, overwrite)
     if resume and not is_unfinished(out):
@@ -263,7 +264,7 @@ def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path
             say(f"{folder} is finished")
             continue
         say(f"category {category}")
-        one = {"per_category": False, "categories": (category,), "out": folder}
+        one = {"per_category": False, "categories": (category,), "out": folder, "resume": False}
         fit(**asked | one)
     return out
 

@@ -150,11 +150,11 @@ def test_resume_refuses_where_there_is_nothing(allgood: Command, few: Path, tmp_
 
 def test_one_model_per_category(allgood: Command, few: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    assert allgood("fit", few, "--out", out, *LEARN, *TRAIN, "--per-category").code == 0
+    assert allgood("fit", few, "--out", out, *LEARN, *TRAIN, "--per-category", "True").code == 0
     for category in ("cloth", "wood"):
         assert library.Inspector(out / category).categories == (category,)
     before = content(out)
-    answer = allgood("fit", few, "--out", out, *LEARN, *TRAIN, "--per-category")
+    answer = allgood("fit", few, "--out", out, *LEARN, *TRAIN, "--per-category", "True")
     assert answer.code == 0 and "is finished" in answer.err
     assert content(out) == before
     # The one of a category is the model that its data alone make.
@@ -162,6 +162,19 @@ def test_one_model_per_category(allgood: Command, few: Path, cache: Path, tmp_pa
     words = ["fit", few, "--out", alone, *LEARN, *TRAIN, "--categories", "wood"]
     assert allgood(*words).code == 0
     assert of_run(alone) == of_run(out / "wood")
+
+
+def test_a_recipe_may_ask_for_one_model_per_category(
+    allgood: Command, few: Path, cache: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "runs"
+    words = [word for word in LEARN if word not in ("--detector", "dinomaly")]
+    words += ["--recipe", "dinomaly_mvtec_ad_separate", *TRAIN]
+    assert allgood("fit", few, "--out", out, *words).code == 0
+    assert {path.name for path in out.iterdir()} == {"cloth", "wood"}
+    together = tmp_path / "run"
+    assert allgood("fit", few, "--out", together, *words, "--per-category", "False").code == 0
+    assert library.Inspector(together).categories == ("cloth", "wood")
 
 
 def test_a_nan_names_step_and_remedy(
