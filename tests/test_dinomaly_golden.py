@@ -188,7 +188,7 @@ def test_dinomaly_golden_numbers(name: str, small: dict[str, Tensor]) -> None:
     assert found[::stride][:6].tolist() == pytest.approx(expected, abs=allowed, rel=0)
 
 
-def compare(item: str, ours: dict[str, Tensor], *, left_out: Sequence[str] = ()) -> None:
+def assert_as_in_file(item: str, ours: dict[str, Tensor], *, left_out: Sequence[str] = ()) -> None:
     """Every output of a golden file but those that start with `left_out`."""
     facts = json.loads((GOLDEN / f"{item}.json").read_text())
     stored = np.load(GOLDEN / f"{item}.npz")
@@ -223,7 +223,7 @@ def test_dinomaly_golden_names_are_the_official_ones(size: str) -> None:
 @pytest.mark.shared
 @shared
 def test_dinomaly_golden_small_file(small: dict[str, Tensor]) -> None:
-    compare("dinomaly_small", small)
+    assert_as_in_file("dinomaly_small", small)
 
 
 @pytest.mark.shared
@@ -233,7 +233,7 @@ def test_dinomaly_golden_base_file(tmp_path: Path) -> None:
     rates = ("_p0:", "_p0.45:")
     ours = answers("base", tmp_path, ["0.9"])
     skipped = [f"{kind}{rate}" for kind in ("loss", "grad", "grad_norm") for rate in rates]
-    compare("dinomaly_base", ours, left_out=[name.removesuffix(":") for name in skipped])
+    assert_as_in_file("dinomaly_base", ours, left_out=[name.removesuffix(":") for name in skipped])
 
 
 # The paper's network once more, plain and in float64
