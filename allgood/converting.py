@@ -117,11 +117,12 @@ def convert(
                 "fitted_pictures": len(samples),
             },
         }
+        digest = digests(samples)
         facts = {
             "command": command_line(convert, arguments),
             "official": str(official),
-            "data_fingerprint": fingerprint(samples),
-            "fitted_on": sorted(set(digests(samples).values())),
+            "data_fingerprint": fingerprint(samples, digest),
+            "fitted_on": sorted(set(digest.values())),
             "device": str(where),
             "seconds": round(time.monotonic() - started, 1),
         }
@@ -251,7 +252,8 @@ def _prepare(model: Any, samples: Sequence[Sample], transform: Any, batch_size: 
     """Show the pictures to the detector, which keeps a few of each category as references."""
     import torch
 
-    from allgood.learning import Pictures, online_features
+    from allgood.learning import online_features
+    from allgood.pictures import Pictures
     from allgood.progress import say
 
     source = online_features(

@@ -92,7 +92,7 @@ def filter(
     arguments = dict(locals())
     started = time.monotonic()
     from allgood.costfilter.filtered import FilterConfig, FilteredDetector
-    from allgood.data.fingerprint import digests, fingerprint
+    from allgood.data.fingerprint import fingerprint
     from allgood.data.synthesis import SynthesisConfig
     from allgood.inference import Inspector, require_at_least
     from allgood.learning import default_cache_root, open_training
@@ -117,7 +117,7 @@ def filter(
             "--keep-aspect False"
         )
     known = set(read_json(inspector.run / PROVENANCE)["fitted_on"])
-    learned, fresh = _good_pictures(inspector, data, layout, known)
+    learned, fresh, digest = _good_pictures(inspector, data, layout, known)
     templates, taught = _kept_templates(learned, config, seed)
     training = open_training(
         train_config,
@@ -149,7 +149,7 @@ def filter(
     }
     key = {
         "host": _digest(inspector.run),
-        "pictures": fingerprint(taught),
+        "pictures": fingerprint(taught, digest),
         "synthesis": wanted["synthesis"],
         "draws": draws,
         "seed": seed,
@@ -164,8 +164,8 @@ def filter(
             facts = {
                 "command": command_line(filter, arguments),
                 "host": str(run),
-                "data_fingerprint": fingerprint([*learned, *fresh]),
-                "fitted_on": sorted(known | set(digests(learned).values())),
+                "data_fingerprint": fingerprint([*learned, *fresh], digest),
+                "fitted_on": sorted(known),
                 "device": str(training.fabric.device),
                 "unreadable": [[str(f.path), f.reason] for f in failures],
                 "seconds": round(time.monotonic() - started, 1),
@@ -279,8 +279,9 @@ def _some_pictures(samples: Sequence[Sample], category: str, count: int = 12) ->
 
 def _good_pictures(
     inspector: Inspector, data: Sequence[Path], layout: str | None, known: set[str]
-) -> tuple[list[Sample], list[Sample]]:
-    """The good training pictures that the host was fitted on, and those that it was not."""
+) -> tuple[list[Sample], list[Sample], dict[Path, str]]:
+    """The good training pictures that the host was fitted on, those that it was not, and the
+    digests of all of their files."""
     from allgood.data.fingerprint import digests
     from allgood.data.readers import read_data
     from allgood.progress import say
@@ -301,7 +302,7 @@ def _good_pictures(
             f"'{sorted(missing)[0]}' is one that run '{inspector.run}' was fitted on; give the "
             "data as they were given to `allgood fit`"
         )
-    return learned, fresh
+    return learned, fresh, digest
 
 
 def _kept_templates(

@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 from allgood.types import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from allgood.data.readers import Dataset
     from allgood.data.transforms import Transform
     from allgood.encoders.frozen import FrozenEncoder
-    from allgood.layers.patch_store import PatchStore
     from allgood.learning import Training
+    from allgood.pictures import Pictures
     from allgood.recipes import Recipe
-    from allgood.types import Batch, Failure, Sample
+    from allgood.types import Failure, Sample
 
 ROTATIONS = (0, 45, 90, 135, 180, 225, 270, 315)
 """Angles of the rotated copies of few-shot references (AnomalyDINO)."""
@@ -128,6 +125,7 @@ def fit(
     from allgood.encoders.tiled import tiled
     from allgood.ignored import read_given
     from allgood.inference import choose_device, require_at_least
+    from allgood.pictures import Pictures
     from allgood.recipes import configured
     from allgood.runs import FORMAT, command_line
     from allgood.types import Learner
@@ -169,7 +167,6 @@ def fit(
     if rotate is None:
         rotate = chosen_recipe.detector == "anomalydino" and shots is not None
     angles = ROTATIONS if rotate else (0,)
-    ignore_of = read_given(ignore, dataset.categories)
     config: dict[str, Any] = {
         "format": FORMAT,
         "recipe": recipe,
@@ -218,21 +215,20 @@ def fit(
             "leave out --train, --devices and --nodes"
         )
     where = choose_device(device) if training is None else training.fabric.device
+    digest = digests([*chosen, *held_out])
     facts: dict[str, Any] = {
         "command": command_line(fit, arguments),
-        "data_fingerprint": fingerprint([*chosen, *held_out]),
+        "data_fingerprint": fingerprint([*chosen, *held_out], digest),
         # So that they are recognised when they turn up in a test or a calibration.
-        "fitted_on": sorted(set(digests(chosen).values())),
+        "fitted_on": sorted({digest[s.path] for s in chosen if s.path in digest}),
         "device": str(where),
     }
 
     job = _Job(
         model=model.to(where).eval(),
-        transform=transform,
-        samples=chosen,
+        pictures=Pictures(chosen, transform, read_given(ignore, dataset.categories)),
         held_out=held_out,
         angles=angles,
-        ignore_of=ignore_of,
         batch_size=batch_size,
         seed=seed,
         # Half of the budget: the rest is for the network, the pictures in flight and the choice.
@@ -240,6 +236,7 @@ def fit(
         training=training,
         max_false_alarm=promised,
         device=device,
+        digests=digest,
         config=config,
         facts=facts,
         started=started,
@@ -289,7 +286,7 @@ def _make_run(out: Path, job: _Job, overwrite: bool) -> None:
             finished = training.fabric.broadcast(finished)
         if not finished:
             failures = (
-                _fit_bank(job, state / "patches")
+                _fill_bank(job, state / "patches")
                 if training is None
                 else _learn(job, training, state / "training")
             )
@@ -318,14 +315,12 @@ class _Job:
     """One fit, all of it resolved."""
 
     model: Any
-    transform: Transform
-    samples: Sequence[Sample]
+    pictures: Pictures
     """To fit on."""
     held_out: Sequence[Sample]
     """To calibrate on."""
     angles: Sequence[float]
     """Every picture is learned once per angle."""
-    ignore_of: Mapping[str, np.ndarray]
     batch_size: int
     seed: int
     budget_bytes: int
@@ -334,6 +329,8 @@ class _Job:
     """How a detector learns by gradient; None: it only reads the pictures."""
     max_false_alarm: float
     device: str
+    digests: Mapping[Path, str]
+    """Of the pictures' files."""
     config: dict[str, Any]
     """What config.json will hold."""
     facts: dict[str, Any]
@@ -347,7 +344,7 @@ class _Job:
         return self.config | {
             "fingerprint": self.facts["data_fingerprint"],
             "max_false_alarm": self.max_false_alarm,
-            "ignore": digests(self.ignore_of),
+            "ignore": digests(self.pictures.ignore_of),
         }
 
 
@@ -407,106 +404,43 @@ def _learn(job: _Job, training: Training, folder: Path) -> list[Failure]:
     """
     from allgood.data.fingerprint import fingerprint
     from allgood.ignored import digests
-    from allgood.learning import Pictures, learn
+    from allgood.learning import learn
 
     key = {
-        "pictures": fingerprint(job.samples),
+        "pictures": fingerprint(job.pictures.samples, job.digests),
         "encoder": job.config["encoder"],
         "transform": job.config["transform"],
-        "ignore": digests(job.ignore_of),
+        "ignore": digests(job.pictures.ignore_of),
         "encoding": job.model.encoding,
     }
-    failures = learn(
+    return learn(
         job.model,
-        Pictures(job.samples, job.transform, job.ignore_of),
+        job.pictures,
         training,
         folder=folder,
         cache_key=key,
         batch_size=job.batch_size,
         seed=job.seed,
     )
-    _require_readable(job.samples, failures)
-    return failures
 
 
-def _fit_bank(job: _Job, folder: Path) -> list[Failure]:
+def _fill_bank(job: _Job, folder: Path) -> list[Failure]:
     """Fit the model, going on with what a killed fit left in the store's folder.
 
     Returns:
         the pictures that could not be read.
-
-    Raises:
-        InputError: no good picture of a category could be read.
     """
-    import torch
+    from allgood.banking import fill_bank
 
-    from allgood.layers.patch_store import PatchStore
-    from allgood.progress import late_bar, say
-
-    total = len(job.samples) * len(job.angles)
-    store = PatchStore(folder, num_images=total, budget_bytes=job.budget_bytes, seed=job.seed)
-    if store.position:
-        say(f"going on after {store.position} of {total} pictures")
-    failures = list(store.failures)
-    with (
-        torch.inference_mode(),
-        closing(_batches(job, store, failures)) as batches,
-        late_bar("choosing the memory bank") as choosing,
-    ):
-        job.model.fit(batches, store, progress=choosing)
-    # Rotated copies fail once per angle, and one read ahead of a kill fails again.
-    return list({failure.path: failure for failure in failures}.values())
-
-
-def _batches(job: _Job, store: PatchStore, failures: list[Failure]) -> Generator[Batch]:
-    """Batches that the store has not seen yet; each counts as seen when the next is asked for."""
-    from allgood.data.batches import load_batches
-    from allgood.ignored import hide, to_inputs
-    from allgood.progress import bar
-
-    samples = job.samples
-    place = {(sample.category, sample.id): i for i, sample in enumerate(samples)}
-    device = next(iter(job.model.buffers())).device
-    total = len(samples) * len(job.angles)
-    position = store.position
-
-    def seen(now: int) -> None:
-        nonlocal position
-        position = now
-        store.commit(position, failures)
-        reading.at(position)
-
-    with bar("reading good pictures", total) as reading:
-        reading.at(position)
-        while position < total:
-            turn, first = divmod(position, len(samples))
-            turned = replace(job.transform, angle=float(job.angles[turn]))
-            for batch in load_batches(
-                samples[first:], turned, failures=failures, batch_size=job.batch_size
-            ):
-                image, ignore = batch.image.to(device), None
-                if job.ignore_of:
-                    names = [sample.category for sample in batch.sample]
-                    ignore = to_inputs(job.ignore_of, names, batch.original_size, turned)
-                    ignore = ignore.to(device)
-                    image = hide(image, ignore)
-                yield replace(batch, image=image, ignore=ignore)
-                last = batch.sample[-1]
-                seen(turn * len(samples) + place[last.category, last.id] + 1)
-            seen((turn + 1) * len(samples))  # past the unreadable ones at the end
-    _require_readable(samples, failures)
-
-
-def _require_readable(samples: Sequence[Sample], failures: Sequence[Failure]) -> None:
-    failed = {failure.path for failure in failures}
-    for category in sorted({sample.category for sample in samples}):
-        own = [sample.path for sample in samples if sample.category == category]
-        if failed.issuperset(own):
-            reason = next(failure.reason for failure in failures if failure.path in own)
-            raise InputError(
-                f"none of the {len(own)} good pictures of category '{category}' could be read; "
-                f"the first: {reason}"
-            )
+    return fill_bank(
+        job.model,
+        job.pictures,
+        angles=job.angles,
+        folder=folder,
+        budget_bytes=job.budget_bytes,
+        batch_size=job.batch_size,
+        seed=job.seed,
+    )
 
 
 def _write_run(new: Path, job: _Job, failures: Sequence[Failure], training: Path) -> None:
@@ -527,10 +461,10 @@ def _write_run(new: Path, job: _Job, failures: Sequence[Failure], training: Path
 
     new.mkdir(exist_ok=True)
     write_weights(new / WEIGHTS, own_state(job.model))
-    write_masks(new, job.ignore_of)
+    write_masks(new, job.pictures.ignore_of)
     if job.training is not None:
         shutil.copyfile(training / "log.jsonl", new / TRAINING_LOG)
-    fitted = {"fitted_pictures": len(job.samples) - len(failures)}
+    fitted = {"fitted_pictures": len(job.pictures.samples) - len(failures)}
     write_json(new / CONFIG, {**job.config, "data": job.config["data"] | fitted})
     unreadable = [*failures]
     if job.held_out:

@@ -11,35 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from allgood.data.batches import load_batches
-from allgood.data.transforms import Transform
-from allgood.ignored import hide, to_inputs
+from allgood.pictures import Pictures, require_readable
 from allgood.progress import say
 from allgood.training.config import TrainConfig
 from allgood.training.feature_cache import CachedFeatures, cache_bytes, room_for
 from allgood.training.loop import train
 from allgood.training.runtime import open_fabric
 from allgood.training.sources import OnlineFeatures, Source
-from allgood.types import Failure, Sample
+from allgood.types import Failure
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 Read = Callable[[Sequence[int]], tuple[tuple[Tensor, ...], list[int], list[Failure]]]
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The good pictures to learn, and how they become the network's input."""
-
-    samples: Sequence[Sample]
-    transform: Transform
-    ignore_of: Mapping[str, np.ndarray]
-    """Masks of ignored regions by category; what they cover is hidden."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +78,22 @@ def learn(
 
     Returns:
         the pictures that could not be read.
+
+    Raises:
+        InputError: no good picture of a category could be read, or as `train`.
     """
     fabric = training.fabric
     online = online_features(model, pictures, fabric.device)
     source = cached(online, training, cache_key, batch_size) or online
     train(model, source, training.config, fabric=fabric, folder=folder, seed=seed)
-    return list(source.failures.values())
+    failures = list(source.failures.values())
+    require_readable(pictures.samples, failures)
+    return failures
 
 
 def online_features(model: Any, pictures: Pictures, device: torch.device) -> OnlineFeatures:
     """The pictures as what a `Learner` on this device says of them."""
-    index = {name: i for i, name in enumerate(model.categories)}
-    category = torch.tensor([index[sample.category] for sample in pictures.samples])
+    category = pictures.category(model.categories)
     return OnlineFeatures(_reader(pictures), model.encode, category, device)
 
 
@@ -141,14 +133,7 @@ def _reader(pictures: Pictures) -> Read:
         )
         images, readable = [], []
         for batch in batches:
-            image = batch.image
-            if pictures.ignore_of:
-                names = [sample.category for sample in batch.sample]
-                image = hide(
-                    image,
-                    to_inputs(pictures.ignore_of, names, batch.original_size, pictures.transform),
-                )
-            images.append(image)
+            images.append(pictures.hidden(batch, pictures.transform)[0])
             readable += [place[sample.category, sample.id] for sample in batch.sample]
         return (torch.cat(images) if images else torch.empty(0),), readable, failures
 

@@ -15,6 +15,7 @@ import time
 import torch
 import tyro  # noqa: F401
 
+import allgood.banking
 import allgood.detectors.dinomaly
 import allgood.detectors.patchcore
 import allgood.inference

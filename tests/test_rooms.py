@@ -28,6 +28,7 @@ ROOMS = {
     "runs": {"types", "allgood"},
     "unfinished": {"types", "runs", "allgood"},
     "ignored": {"types", "data", "runs"},
+    "pictures": {"types", "data", "ignored"},
     "progress": set(),
     "own_state": set(),
     "training": {"types", "runs", "progress", "own_state"},
@@ -42,10 +43,12 @@ DOORS = {
         *("ignored", "own_state"),
     },
     "calibrating": {"types", "data", "calibration", "runs", "progress", "inference"},
-    "learning": {"types", "data", "ignored", "progress", "training"},
+    "banking": {"types", "data", "layers", "pictures", "progress"},
+    "learning": {"types", "data", "pictures", "progress", "training"},
     "fitting": {
-        *("types", "data", "encoders", "layers", "detectors", "runs", "progress", "unfinished"),
-        *("ignored", "recipes", "own_state", "training", "inference", "calibrating", "learning"),
+        *("types", "data", "encoders", "detectors", "runs", "progress", "unfinished"),
+        *("ignored", "pictures", "recipes", "own_state", "training", "inference", "calibrating"),
+        *("banking", "learning"),
     },
     "filtering": {
         *("types", "data", "layers", "costfilter", "recipes", "runs", "progress", "unfinished"),
@@ -53,7 +56,7 @@ DOORS = {
     },
     "converting": {
         *("types", "data", "encoders", "detectors", "runs", "progress", "unfinished"),
-        *("own_state", "inference", "learning"),
+        *("own_state", "pictures", "inference", "learning"),
     },
     "evaluating": {
         *("types", "scoring", "data", "metrics", "evaluation", "calibration", "runs"),

@@ -1,8 +1,9 @@
 """What the data were: a short hash of the pictures' contents, for provenance and for caches."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from allgood.data.images import shown
@@ -26,16 +27,19 @@ def content_digest(path: Path | str) -> str:
         ) from None
 
 
-def fingerprint(samples: Iterable[Sample]) -> str:
+def fingerprint(samples: Iterable[Sample], known: Mapping[Path, str] | None = None) -> str:
     """16 hex digits over every sample's category, id, split, defect and the bytes of its files.
 
     Order does not matter, nor where the data's root lies. A file that cannot be read counts as
     unreadable: one bad picture does not stop a run.
+
+    Args:
+        known: what `digests` gave for these or more pictures, so that they are not read again.
     """
     ordered = sorted(samples, key=lambda sample: (sample.category, sample.id))
     whole = hashlib.blake2b(digest_size=8)
     with ThreadPoolExecutor(4) as pool:  # hashing and reading both release the interpreter's lock
-        for line in pool.map(_line, ordered):
+        for line in pool.map(partial(_line, known), ordered):
             whole.update(line.encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
 
@@ -48,8 +52,9 @@ def digests(samples: Iterable[Sample]) -> dict[Path, str]:
         return {path: digest for path, digest in found if digest != _UNREADABLE}
 
 
-def _line(sample: Sample) -> str:
-    digests = [_digest_or_mark(path) for path in (sample.path, *sample.mask_paths)]
+def _line(known: Mapping[Path, str] | None, sample: Sample) -> str:
+    picture = _digest_or_mark(sample.path) if known is None else known.get(sample.path, _UNREADABLE)
+    digests = [picture, *(_digest_or_mark(path) for path in sample.mask_paths)]
     return "\0".join([sample.category, sample.id, sample.split, sample.defect, *digests]) + "\n"
 
 
