@@ -6,12 +6,11 @@ and weights.safetensors -> published as a run that every command takes
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from allgood.types import InputError
 
@@ -29,17 +28,17 @@ def convert(
     good: tuple[Path, ...] = (),
     categories: tuple[str, ...] | None = None,
     layout: str | None = None,
-    image_size: int = 448,
-    crop: int | None = 392,
+    image_size: int | None = None,
+    crop: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
     overwrite: bool = False,
 ) -> Path:
     """Make a run of a checkpoint that a paper's authors published.
 
-    The file holds the encoder too; it becomes a part of the run, so no hub is needed. It does not
-    say which categories it was trained on: name them, or give their good pictures, from which the
-    run then learns to tell the categories apart.
+    Where the file holds the encoder too, it becomes a part of the run, so no hub is needed. The
+    file does not say which categories it was trained on: name them, or give their good pictures,
+    from which the run then learns to tell the categories apart.
 
     Args:
         method: whose checkpoint it is.
@@ -49,8 +48,8 @@ def convert(
         categories: their names, where no pictures are given; more than one must then be said at
             every inspection.
         layout: how the pictures lie on disk, where it is not recognised.
-        image_size: side to which pictures are brought.
-        crop: side of the square that is then cut from the middle; with image-size 448 the paper's.
+        image_size: side to which pictures are brought; left out: the authors'.
+        crop: side of the square that is then cut from the middle; left out: the authors'.
         batch_size: pictures that pass the network together.
         device: auto, cpu or cuda.
         overwrite: replace a run that stands in the folder.
@@ -70,13 +69,14 @@ def convert(
 
     from allgood.data.fingerprint import digests, fingerprint
     from allgood.data.transforms import Transform
-    from allgood.detectors.dinomaly import Dinomaly, DinomalyConfig
-    from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
+    from allgood.detectors import detector_classes
+    from allgood.encoders.frozen import FrozenEncoder
     from allgood.inference import choose_device, require_at_least
+    from allgood.official import from_official, read
     from allgood.runs import ENCODER, FORMAT, command_line
     from allgood.unfinished import making, refuse_folder
 
-    out, official = Path(out), Path(official)
+    out, path = Path(out), Path(official)
     require_at_least(1, batch_size=batch_size, image_size=image_size, crop=crop)
     refuse_folder(out, overwrite)
     samples = _good_samples(good, layout, categories)
@@ -84,28 +84,37 @@ def convert(
     if not names:
         raise InputError("name what the checkpoint was trained on, with --categories or --good")
     where = choose_device(device)
-    parts = from_official_dinomaly(_read_official(official))
-    transform = Transform(image_size, multiple=14, center_crop=crop)
-    with making(out, {"convert": str(official)}, overwrite=True) as state:
+    parts = from_official(method, read(path))
+    if parts.num_categories not in (None, len(names)):
+        raise InputError(
+            f"{path} was trained on {parts.num_categories} categories, but {len(names)} are named"
+        )
+    with making(out, {"convert": str(path)}, overwrite=True) as state:
         new = state / "run"
         shutil.rmtree(new, ignore_errors=True)  # of a killed conversion
         new.mkdir()
-        save_file(parts.encoder, new / ENCODER)
-        settings = EncoderConfig(parts.architecture, "middle", str(new / ENCODER))
-        encoder = FrozenEncoder(settings)
-        model = Dinomaly(DinomalyConfig(), encoder, names).eval()
-        _fill(model, parts.detector, official)
+        encoder_config = parts.encoder
+        if parts.encoder_weights is not None:
+            save_file(parts.encoder_weights, new / ENCODER)
+            encoder_config = replace(encoder_config, weights=str(new / ENCODER))
+        encoder = FrozenEncoder(encoder_config)
+        transform = Transform(
+            image_size or parts.image_size,
+            multiple=encoder.multiple,
+            center_crop=crop if image_size else crop or parts.crop,
+        )
+        model = detector_classes(method)[1](parts.config, encoder, names).eval()
+        _fill(model, parts.weights, path)
         if samples:
             _prepare(model.to(where), samples, transform, batch_size)
+        settings = encoder_config.to_json() | {"levels": list(encoder.levels)}
+        if parts.encoder_weights is not None:
+            settings["weights"] = ENCODER
         config = {
             "format": FORMAT,
-            "official": official.name,
+            "official": path.name,
             "detector": {"name": method, "settings": asdict(model.config)},
-            "encoder": {
-                "settings": settings.to_json()
-                | {"levels": list(encoder.levels), "weights": ENCODER},
-                "digest": encoder.digest,
-            },
+            "encoder": {"settings": settings, "digest": encoder.digest},
             "transform": transform.to_json(),
             "tile": None,
             "categories": list(names),
@@ -120,7 +129,7 @@ def convert(
         digest = digests(samples)
         facts = {
             "command": command_line(convert, arguments),
-            "official": str(official),
+            "official": str(path),
             "data_fingerprint": fingerprint(samples, digest),
             "fitted_on": sorted(set(digest.values())),
             "device": str(where),
@@ -130,95 +139,14 @@ def convert(
     return out
 
 
-class Official(NamedTuple):
-    """An official checkpoint in our words."""
-
-    architecture: str
-    """timm's name of the encoder."""
-    encoder: dict[str, Tensor]
-    """Under the names of the encoder's own authors, which timm reads."""
-    detector: dict[str, Tensor]
-    """Under our names: everything but the encoder and what comes from data."""
-
-
-_WIDTHS = {384: "small", 768: "base", 1024: "large"}
-_DEPTHS = {384: 12, 768: 12, 1024: 24}
-
-
-def from_official_dinomaly(state: Mapping[str, Tensor]) -> Official:
-    """The authors' `ViTill.state_dict()`, taken apart.
-
-    Raises:
-        InputError: a name that is not of this model, or one that is missing.
-    """
-    encoder = {
-        name.removeprefix("encoder."): tensor
-        for name, tensor in state.items()
-        if name.startswith("encoder.")
-    }
-    detector = {
-        re.sub(r"^bottleneck\.0\.", "bottleneck.", name): tensor
-        for name, tensor in state.items()
-        if re.match(r"bottleneck\.0\.|decoder\.\d+\.", name)
-    }
-    strange = [
-        name for name in state if not re.match(r"encoder\.|bottleneck\.0\.|decoder\.\d+\.", name)
-    ]
-    if strange:
-        raise InputError(f"'{strange[0]}' is no part of an official Dinomaly checkpoint")
-    patch = encoder.get("patch_embed.proj.weight")
-    if patch is None or not detector:
-        missing = "encoder.patch_embed.proj.weight" if patch is None else "bottleneck and decoder"
-        raise InputError(f"no official Dinomaly checkpoint: it lacks {missing}")
-    width, _, *patch_size = patch.shape
-    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
-    registers = encoder.get("register_tokens")
-    if (
-        _DEPTHS.get(width) != depth
-        or patch_size != [14, 14]
-        or (registers is not None and registers.shape[1] != 4)
-    ):
-        raise InputError(
-            f"an encoder of width {width}, {depth} blocks and patches of {patch_size} is none of "
-            "the DINOv2 ViT-S/B/L 14 that this reads: fit it again with --detector dinomaly"
-        )
-    register_name = "" if registers is None else "reg4_"
-    return Official(f"vit_{_WIDTHS[width]}_patch14_{register_name}dinov2", encoder, detector)
-
-
-def _read_official(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file. A pickle is read for its tensors only: it runs no code.
-
-    Raises:
-        InputError: no such file, or one with anything but tensors in it.
-    """
-    import torch
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; name the authors' checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors each have a zoo of their own
-        raise InputError(
-            f"{path} cannot be read as a checkpoint of tensors ({type(error).__name__}); "
-            "download it again, or save its state_dict alone"
-        ) from error
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
-    ):
-        raise InputError(f"{path} holds more than named tensors: save its state_dict alone")
-    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if broken:
-        raise InputError(f"{path} is damaged: '{broken[0]}' holds numbers that are not finite")
-    return {name: tensor.contiguous() for name, tensor in state.items()}
-
-
 def _fill(model: Any, weights: Mapping[str, Tensor], official: Path) -> None:
-    """The trained part of a detector; InputError unless every name and shape agrees."""
-    own = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    """The trained part of a detector; InputError unless every name and shape agrees.
+
+    What tells the categories apart is not part of it: that comes from pictures.
+    """
+    from allgood.own_state import own_state
+
+    own = {k: v for k, v in own_state(model).items() if not k.startswith("references.")}
     for name in sorted(own.keys() | weights.keys()):
         found = tuple(weights[name].shape) if name in weights else None
         wanted = tuple(own[name].shape) if name in own else None

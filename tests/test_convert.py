@@ -12,9 +12,9 @@ from doors import Command, content, draw_tree
 from torch import Tensor
 
 import allgood as library
-from allgood.converting import from_official_dinomaly
 from allgood.detectors.dinomaly import Dinomaly, DinomalyConfig
 from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
+from allgood.official.dinomaly import from_official
 from allgood.types import InputError
 
 pytest_plugins = ["doors_fixtures"]
@@ -208,10 +208,10 @@ def test_sizes_that_the_authors_have_are_known_by_their_shapes() -> None:
         shapes = official_shapes(width, depth)
         with torch.device("meta"):
             state = {name: torch.empty(shape) for name, shape in shapes.items()}
-        assert from_official_dinomaly(state).architecture == f"vit_{size}_patch14_reg4_dinov2"
+        assert from_official(state).encoder.name == f"vit_{size}_patch14_reg4_dinov2"
         del state["encoder.register_tokens"]
-        assert from_official_dinomaly(state).architecture == f"vit_{size}_patch14_dinov2"
+        assert from_official(state).encoder.name == f"vit_{size}_patch14_dinov2"
     with pytest.raises(InputError, match="width 512"):
         with torch.device("meta"):
             state = {name: torch.empty(shape) for name, shape in official_shapes(512).items()}
-        from_official_dinomaly(state)
+        from_official(state)

@@ -7,6 +7,7 @@ the last compares other weights with a network written out from the paper, in fl
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from fill import fill_state, uniform
 from safetensors.torch import save_file
 from torch import Tensor
 
-from allgood.converting import from_official_dinomaly
 from allgood.detectors.dinomaly import Dinomaly, DinomalyConfig, cosine_distance
-from allgood.encoders.frozen import EncoderConfig, FrozenEncoder, dinov2_position_embedding
+from allgood.encoders.frozen import FrozenEncoder, dinov2_position_embedding
+from allgood.official.dinomaly import from_official
 from allgood.types import TrainingBatch
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -95,17 +96,17 @@ def official_shapes(width: int) -> dict[str, tuple[int, ...]]:
 
 def rebuilt(size: str, seed: int, folder: Path) -> Any:
     """Our detector with the weights of an official checkpoint, through the converter."""
-    official = from_official_dinomaly(fill_state(official_shapes(WIDTHS[size]), seed))
-    assert official.architecture == f"vit_{size}_patch14_reg4_dinov2"
+    official = from_official(fill_state(official_shapes(WIDTHS[size]), seed))
+    assert official.encoder.name == f"vit_{size}_patch14_reg4_dinov2"
     path = folder / "encoder.safetensors"
-    save_file(official.encoder, path)
-    config = EncoderConfig(official.architecture, "middle", str(path))
+    save_file(official.encoder_weights, path)
+    config = replace(official.encoder, weights=str(path))
     with pytest.MonkeyPatch.context() as patch:  # drawing what is then overwritten takes seconds
         for module in (torch.nn.init, timm.models.vision_transformer):
             patch.setattr(module, "trunc_normal_", lambda t, *_, **__: t.data.fill_(torch.nan))
         detector = Dinomaly(DinomalyConfig(), FrozenEncoder(config), ("a",)).eval()
     path.unlink()
-    left_out, unknown = detector.load_state_dict(official.detector, strict=False)
+    left_out, unknown = detector.load_state_dict(official.weights, strict=False)
     assert not unknown and all(name.startswith(("encoder.", "references.")) for name in left_out)
     return detector
 

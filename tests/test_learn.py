@@ -10,7 +10,8 @@ from doors import Command, content, draw_tree
 from killing import Killer
 
 import allgood as library
-from allgood.recipes import NUMBERS, RECIPES, Recipe, configured, find_recipe
+from allgood.recipes import RECIPES, configured, find_recipe
+from allgood.recipes.recipe import NUMBERS, Recipe
 from allgood.training.config import TrainConfig
 from allgood.types import InputError
 

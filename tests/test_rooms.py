@@ -21,6 +21,7 @@ ROOMS = {
     "encoders": {"types"},
     "layers": {"types", "scoring"},
     "detectors": {"types", "encoders", "layers", "scoring"},
+    "official": {"types", "encoders", "detectors"},
     "costfilter": {"types", "layers", "scoring"},
     "metrics": {"types"},
     "evaluation": {"types", "metrics"},
@@ -55,8 +56,8 @@ DOORS = {
         *("ignored", "own_state", "training", "inference", "calibrating", "learning"),
     },
     "converting": {
-        *("types", "data", "encoders", "detectors", "runs", "progress", "unfinished"),
-        *("own_state", "pictures", "inference", "learning"),
+        *("types", "data", "encoders", "detectors", "official", "runs", "progress"),
+        *("unfinished", "own_state", "pictures", "inference", "learning"),
     },
     "evaluating": {
         *("types", "scoring", "data", "metrics", "evaluation", "calibration", "runs"),

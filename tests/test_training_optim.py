@@ -1,7 +1,9 @@
 """StableAdamW and the learning rate: against the written rule, and against Dinomaly's own code."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,4 +196,33 @@ def test_every_optimizer_descends(name: str) -> None:
 )
 def test_settings_that_cannot_be_used(settings: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):
+        TrainConfig(**settings)
+
+
+def test_a_constant_factor_per_step_or_tenths_after_shares_of_the_steps() -> None:
+    falling = TrainConfig(
+        steps=160, warmup_steps=0, schedule="exponential", final_learning_rate=2e-4
+    )
+    rates = [learning_rate_at(step, falling) for step in range(161)]
+    ratios = [after / before for before, after in pairwise(rates)]
+    assert rates[0] == 2e-3 and rates[-1] == pytest.approx(2e-4)
+    assert ratios == pytest.approx([0.1 ** (1 / 160)] * 160)
+
+    dropped = TrainConfig(steps=10, warmup_steps=0, schedule="drops", drops=(0.4, 0.8))
+    rates = [learning_rate_at(step, dropped) for step in range(10)]
+    assert rates == pytest.approx([2e-3] * 4 + [2e-4] * 4 + [2e-5] * 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"schedule": "drops", "drops": (0.8, 0.4)}, "drops must be shares"),
+        ({"schedule": "drops", "drops": (1.5,)}, "drops must be shares"),
+        ({"drops": (0.5,)}, "add --train schedule=drops"),
+        ({"schedule": "exponential", "final_learning_rate": 0.0}, "final_learning_rate"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, exponential, drops"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
         TrainConfig(**settings)

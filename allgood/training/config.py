@@ -7,6 +7,7 @@ from allgood.types import InputError
 
 OptimizerName = Literal["stable_adamw", "adamw", "adam"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Schedule = Literal["cosine", "exponential", "drops"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,13 @@ class TrainConfig:
     """`stable_adamw` is AdamW with AMSGrad and a bounded update."""
     learning_rate: float = 2e-3
     """At its peak, after the warm-up."""
+    schedule: Schedule = "cosine"
+    """From the peak to `final_learning_rate` by half a cosine or by a constant factor per step, or
+    a tenth after each of `drops`."""
     final_learning_rate: float = 2e-4
-    """Where the cosine ends."""
+    """Where cosine and exponential end; the peak itself: a constant rate."""
+    drops: tuple[float, ...] = ()
+    """Shares of the steps, as 0.4,0.8."""
     warmup_steps: int = 100
     """Steps in which the learning rate rises from 0 to its peak."""
     beta1: float = 0.9
@@ -61,7 +67,21 @@ class TrainConfig:
         _require("checkpoint_minutes", self, self.checkpoint_minutes > 0, "above 0")
         if self.checkpoint_steps is not None:
             _require("checkpoint_steps", self, self.checkpoint_steps >= 1, "at least 1")
-        for name, choices in (("optimizer", OptimizerName), ("precision", Precision)):
+        _require(
+            "drops",
+            self,
+            all(0 < share < 1 for share in self.drops) and list(self.drops) == sorted(self.drops),
+            "shares between 0 and 1 that ascend",
+        )
+        if self.drops and self.schedule != "drops":
+            raise InputError("drops are for schedule drops: add --train schedule=drops")
+        if self.schedule == "exponential":
+            _require("final_learning_rate", self, self.final_learning_rate > 0, "above 0")
+        for name, choices in (
+            ("optimizer", OptimizerName),
+            ("precision", Precision),
+            ("schedule", Schedule),
+        ):
             known = get_args(choices)
             _require(name, self, getattr(self, name) in known, f"one of {', '.join(known)}")
         if self.batch_size % self.accumulate:

@@ -107,15 +107,19 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Of a step counted from 0: a line from 0 to the peak, then a cosine to the final one.
+    """Of a step counted from 0: a line from 0 to the peak, then as `config.schedule` says.
 
-    The first step has learning rate 0 (it only fills the moments), step `warmup_steps` - 1 the
-    peak.
+    With a warm-up the first step has learning rate 0 (it only fills the moments), and step
+    `warmup_steps` - 1 the peak.
     """
     peak, final, warmup = config.learning_rate, config.final_learning_rate, config.warmup_steps
     if step < warmup:
         return peak * step / max(1, warmup - 1)
+    if config.schedule == "drops":
+        return peak * 0.1 ** sum(step >= share * config.steps for share in config.drops)
     if step >= config.steps:
         return final
-    angle = math.pi * (step - warmup) / (config.steps - warmup)
-    return final + (peak - final) / 2 * (1 + math.cos(angle))
+    done = (step - warmup) / (config.steps - warmup)
+    if config.schedule == "exponential":
+        return peak * (final / peak) ** done
+    return final + (peak - final) / 2 * (1 + math.cos(math.pi * done))

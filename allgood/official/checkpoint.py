@@ -1,0 +1,87 @@
+"""An official checkpoint: read safely, and what remains of it in our words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from allgood.encoders.frozen import EncoderConfig
+from allgood.types import InputError
+
+
+@dataclass(frozen=True)
+class Official:
+    """A trained detector of somebody else's."""
+
+    config: Any
+    """Of our detector, as the file's shapes and names say."""
+    weights: dict[str, Tensor]
+    """Under our names: parameters and buffers, without the encoder and without what comes from
+    pictures."""
+    encoder: EncoderConfig
+    """As `config` wants it; where the file has the encoder's weights, they take the place of its
+    own."""
+    encoder_weights: dict[str, Tensor] | None
+    """Under names that `EncoderConfig.weights` reads; None: the file has none."""
+    image_size: int
+    """Side to which the authors bring pictures."""
+    crop: int | None = None
+    """Side of the square that they then cut from the middle."""
+    num_categories: int | None = None
+    """How many categories its shapes are made for; None: any number."""
+
+
+def read(path: Path) -> Any:
+    """What a file holds. A pickle is read for tensors and plain values: it runs no code.
+
+    Raises:
+        InputError: no such file, one that holds objects, or numbers that are not finite.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; name the authors' checkpoint")
+    try:
+        content = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:  # torch and safetensors each have a zoo of their own
+        raise InputError(
+            f"{path} cannot be read as a checkpoint of tensors ({type(error).__name__}); "
+            "download it again, or save its state_dict alone"
+        ) from error
+    for name, tensor in _tensors(content):
+        if not tensor.isfinite().all():
+            raise InputError(f"{path} is damaged: '{name}' holds numbers that are not finite")
+    return content
+
+
+def require_tensors(content: Any) -> dict[str, Tensor]:
+    """A state dict, and nothing else.
+
+    Raises:
+        InputError: it holds more than named tensors.
+    """
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
+        raise InputError("the checkpoint holds more than named tensors: save its state_dict alone")
+    return {name: tensor.contiguous() for name, tensor in content.items()}
+
+
+def _tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of nested mappings and sequences, and where they are."""
+    if isinstance(content, Tensor):
+        yield name, content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(content, list | tuple):
+        for i, value in enumerate(content):
+            yield from _tensors(value, f"{name}.{i}")

@@ -1,0 +1,90 @@
+"""Named, complete settings: each method as its paper has it, with the numbers that it reports.
+
+A recipe fills whatever `fit` is not told. Those called after the detectors serve where no recipe
+is named. One file per method; nothing heavy is imported here: listing them is free.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from allgood.recipes import dinomaly
+from allgood.recipes.recipe import Recipe
+from allgood.types import InputError
+
+RECIPES: dict[str, Recipe] = {
+    "patchcore": Recipe("patchcore"),
+    "anomalydino": Recipe(
+        "anomalydino", norm=True, image_size=448, keep_aspect=True, interpolation="bicubic"
+    ),
+    **dinomaly.RECIPES,
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """Raises InputError where there is no such recipe; the message suggests the nearest."""
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+        raise InputError(
+            f"unknown recipe '{name}'"
+            + (f"; did you mean '{close[0]}'?" if close else ";")
+            + " `allgood list recipes` names them all"
+        )
+    return RECIPES[name]
+
+
+def configured(config_class: type, given: Mapping[str, Any], words: Sequence[str]) -> Any:
+    """A config: its defaults, then what a recipe gives, then `name=value` words.
+
+    Raises:
+        InputError: an unknown name (the nearest is suggested) or a value of another type.
+    """
+    return config_class(**{**given, **_parsed(config_class, words)})
+
+
+def _parsed(config_class: type, words: Sequence[str]) -> dict[str, Any]:
+    from allgood.data.files import did_you_mean
+
+    hints = get_type_hints(config_class)
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name not in hints:
+            raise InputError(
+                f"unknown setting '{name}'{did_you_mean(name, list(hints)) or ';'} "
+                f"known: {', '.join(hints)}"
+            )
+        if not equals:
+            raise InputError(f"setting '{word}' has no value: write {name}=VALUE")
+        hint = hints[name]
+        options = get_args(hint)
+        if type(None) in options:
+            if text.lower() == "none":
+                values[name] = None
+                continue
+            hint = next(option for option in options if option is not type(None))
+        values[name] = _value(name, text, hint)
+    return values
+
+
+def _value(name: str, text: str, hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        if text not in get_args(hint):
+            raise InputError(
+                f"setting {name} must be one of {', '.join(get_args(hint))}, got '{text}'"
+            )
+        return text
+    if get_origin(hint) is tuple:  # of one type, with commas between
+        item = get_args(hint)[0]
+        return tuple(_value(name, part, item) for part in text.split(",") if part)
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"setting {name} must be true or false, got '{text}'")
+        return text.lower() == "true"
+    try:
+        return hint(text)
+    except ValueError:
+        kind = "a whole number" if hint is int else "a number"
+        raise InputError(f"setting {name} must be {kind}, got '{text}'") from None
