@@ -23,6 +23,7 @@ from allgood.encoders.frozen import FrozenEncoder
 from allgood.encoders.tiled import Encoder
 from allgood.layers.attention import linear_attention, neighbour_mask, softmax_attention
 from allgood.layers.categories import CategoryReferences, global_feature
+from allgood.layers.tokens import feature_jitter
 from allgood.scoring import gaussian_kernel, hidden_patches, hidden_pixels, top_fraction_mean
 from allgood.types import InputError, Match, Prediction, TrainingBatch
 
@@ -250,9 +251,7 @@ class NoisyBottleneck(nn.Module):
         """(B, N, C) -> (B, N, C)."""
         rate = self.config.dropout
         if self.training and self.config.feature_jitter:
-            # UniAD: noise in proportion to the token's norm over its number of channels.
-            scale = self.config.feature_jitter * x.norm(dim=-1, keepdim=True) / x.shape[-1]
-            x = x + scale * torch.randn_like(x)
+            x = feature_jitter(x, self.config.feature_jitter)
         if self.training and self.config.patch_masking:
             kept = torch.rand(x.shape[:2], device=x.device) >= self.config.patch_masking
             kept[:, :num_prefix] = True
