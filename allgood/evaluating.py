@@ -310,7 +310,7 @@ def _category_result(judged: _Judged, category: str | None, inspector: Inspector
     metrics |= pixels.result()
     if category is None:
         # UniAS defines DSC per class; over a mixture its threshold means nothing.
-        del metrics["dsc"]
+        metrics = {name: one for name, one in metrics.items() if not name.startswith("dsc")}
     metrics["mad"] = mad(metrics)
     calibration = _calibration_scores(inspector, category, judged.names())
     return CategoryResult(

@@ -67,7 +67,7 @@ def brute_aupro(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
     return area / limit
 
 
-def brute_dsc(maps: np.ndarray, masks: np.ndarray) -> float:
+def brute_dsc(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
     best, chosen = -1.0, math.nan
     for t in np.unique(maps)[::-1]:
         predicted = maps >= t
@@ -80,7 +80,13 @@ def brute_dsc(maps: np.ndarray, masks: np.ndarray) -> float:
         predicted = one_map >= chosen
         total = predicted.sum() + mask.sum()
         dice.append(2 * (predicted & mask).sum() / total if total else 1.0)
-    return float(np.mean(dice))
+    defective = [d for d, mask in zip(dice, masks, strict=True) if mask.any()]
+    predicted = maps >= chosen
+    return {
+        "dsc": float(np.mean(dice)),
+        "dsc_defective": float(np.mean(defective)),
+        "dsc_pooled": 2 * (predicted & masks).sum() / (predicted.sum() + masks.sum()),
+    }
 
 
 def state_of(maps: np.ndarray, masks: np.ndarray, **settings: object) -> PixelState:
@@ -105,7 +111,7 @@ def test_pixel_metrics_match_plain_definitions(kind: str, seed: int, exact: bool
         "pixel_f1max": f1,
         "pixel_ioumax": f1 / (2 - f1),
         "aupro": brute_aupro(maps, masks, 0.3),
-        "dsc": brute_dsc(maps, masks),
+        **brute_dsc(maps, masks),
     }
     assert result.keys() == expected.keys()
     for name, value in expected.items():

@@ -28,7 +28,10 @@ from allgood.evaluation.table import table
 from allgood.metrics import Metric, image_curves, image_metrics, mad, mean_over_categories
 
 NO_MASKS = Metric.undefined("no defective pixels")
-PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_ioumax", "aupro", "dsc")
+PIXEL_METRICS = (
+    *("pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_ioumax", "aupro"),
+    *("dsc", "dsc_defective", "dsc_pooled"),
+)
 HOSTILE = "<script>alert(\"1\")</script> & 'x'"
 FIFTEEN = tuple(f"category {i}" for i in range(15))
 VOID = {"meta", "img", "br", "wbr", "link", "input", "hr"}

@@ -37,7 +37,10 @@ METRICS = {
         "threshold is chosen on the test's own answers, so this is no operating point.",
     ),
     "pixel_auroc": MetricName(
-        "Pixel", "AUROC", "How often a defective pixel scores higher than a normal one."
+        "Pixel",
+        "AUROC",
+        "How often a defective pixel scores higher than a normal one. Normal pixels are so many "
+        "that a false spot hardly lowers it: read pixel AP for how clean the maps are.",
     ),
     "pixel_ap": MetricName("Pixel", "AP", "Like image AP, for pixels; strict about false spots."),
     "pixel_f1max": MetricName("Pixel", "F1max", "Like image F1max, for pixels."),
@@ -53,7 +56,12 @@ METRICS = {
     "dsc": MetricName(
         "Pixel",
         "DSC",
-        "Mean overlap (Dice) per picture at the threshold with the largest precision plus recall.",
+        "Mean overlap (Dice) per picture at the threshold with the largest precision plus recall, "
+        "as UniAS reports it: a good picture counts 1 if nothing in it is marked, else 0.",
+    ),
+    "dsc_defective": MetricName("Pixel", "DSC def.", "DSC of the defective pictures alone."),
+    "dsc_pooled": MetricName(
+        "Pixel", "DSC pooled", "DSC of all pixels as if they were one picture."
     ),
     "mad": MetricName(
         "", "mAD", "Mean of the seven metrics that multi-class papers report together."

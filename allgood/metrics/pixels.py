@@ -185,7 +185,8 @@ class PixelState:
         return groups, len(top.key)
 
     def result(self, fpr_limit: float = 0.3) -> dict[str, Metric]:
-        """All pixel metrics: pixel_auroc, pixel_ap, pixel_f1max, pixel_ioumax, aupro, dsc."""
+        """All pixel metrics: pixel_auroc, pixel_ap, pixel_f1max, pixel_ioumax, aupro, dsc,
+        dsc_defective, dsc_pooled."""
         groups, num_exact = self._ranking()
         best = best_f1(groups)
         positives = np.array(self._image_positives, np.int64)
@@ -200,7 +201,7 @@ class PixelState:
             "pixel_f1max": best.f1max,
             "pixel_ioumax": best.ioumax,
             "aupro": aupro(groups, fpr_limit),
-            "dsc": dsc(groups, num_exact, counts, positives, negatives),
+            **dsc(groups, num_exact, counts, positives, negatives),
         }
 
     def f1max_threshold(self) -> float:
