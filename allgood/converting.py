@@ -17,17 +17,21 @@ from allgood.types import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from allgood.encoders.frozen import EncoderConfig
+    from allgood.official import Official
     from allgood.types import Sample
 
 
 def convert(
-    method: Literal["dinomaly"],
+    method: Literal["costfilter", "dinomaly", "hvqtrans", "minimaxad", "rd4ad", "uniad", "unias"],
     official: Path,
     *,
     out: Path = Path("run"),
+    host: Path | None = None,
     good: tuple[Path, ...] = (),
     categories: tuple[str, ...] | None = None,
     layout: str | None = None,
+    weights: Path | None = None,
     image_size: int | None = None,
     crop: int | None = None,
     batch_size: int = 8,
@@ -36,18 +40,23 @@ def convert(
 ) -> Path:
     """Make a run of a checkpoint that a paper's authors published.
 
-    Where the file holds the encoder too, it becomes a part of the run, so no hub is needed. The
-    file does not say which categories it was trained on: name them, or give their good pictures,
-    from which the run then learns to tell the categories apart.
+    Where the file holds the encoder too, it becomes a part of the run. Where it does not, the
+    encoder has the published weights that the authors trained with, from the hub or from a file.
+    The checkpoint does not say which categories it was trained on: name them, or give their good
+    pictures, from which the run then learns to tell the categories apart.
 
     Args:
         method: whose checkpoint it is.
         official: the authors' file, .pth or .safetensors; only tensors are read from it.
         out: folder of the run.
+        host: of a costfilter: the run behind which it stands. It is fitted or converted before,
+            and says which categories there are.
         good: good pictures of the categories, best those that the checkpoint was trained on.
         categories: their names, where no pictures are given; more than one must then be said at
             every inspection.
         layout: how the pictures lie on disk, where it is not recognised.
+        weights: file with the encoder's published weights, for a checkpoint without them; left
+            out: the hub's. The file must stay where it is.
         image_size: side to which pictures are brought; left out: the authors'.
         crop: side of the square that is then cut from the middle; left out: the authors'.
         batch_size: pictures that pass the network together.
@@ -79,6 +88,17 @@ def convert(
     out, path = Path(out), Path(official)
     require_at_least(1, batch_size=batch_size, image_size=image_size, crop=crop)
     refuse_folder(out, overwrite)
+    if method == "costfilter":
+        if good or categories or weights or image_size or crop:
+            raise InputError(
+                "a costfilter takes its pictures, categories and encoder from its host: leave out "
+                "--good, --categories, --weights, --image-size and --crop"
+            )
+        if host is None:
+            raise InputError("name the run behind which the filter stands, with --host")
+        return _convert_filter(path, host, out, command_line(convert, arguments), device)
+    if host is not None:
+        raise InputError(f"{method} stands behind no other detector: leave out --host")
     samples = _good_samples(good, layout, categories)
     names = tuple(sorted({sample.category for sample in samples})) or categories
     if not names:
@@ -89,11 +109,11 @@ def convert(
         raise InputError(
             f"{path} was trained on {parts.num_categories} categories, but {len(names)} are named"
         )
+    encoder_config = _with_weights(parts, path, weights)
     with making(out, {"convert": str(path)}, overwrite=True) as state:
         new = state / "run"
         shutil.rmtree(new, ignore_errors=True)  # of a killed conversion
         new.mkdir()
-        encoder_config = parts.encoder
         if parts.encoder_weights is not None:
             save_file(parts.encoder_weights, new / ENCODER)
             encoder_config = replace(encoder_config, weights=str(new / ENCODER))
@@ -137,6 +157,91 @@ def convert(
         }
         _write_run(new, model, config, facts)
     return out
+
+
+def _convert_filter(official: Path, host: Path, out: Path, command: str, device: str) -> Path:
+    """A run of the host with the authors' filter behind it, which fits to the last shape."""
+    import shutil
+
+    from allgood.costfilter.filtered import FilterConfig, FilteredDetector, shape_of_match
+    from allgood.ignored import write_masks
+    from allgood.inference import Inspector
+    from allgood.official import read
+    from allgood.official.costfilter import read_filter, renamed
+    from allgood.recipes.costfilter import FILTERS
+    from allgood.runs import ENCODER, PROVENANCE, read_json
+    from allgood.unfinished import making
+
+    found = read_filter(read(official))
+    variant = found.variant
+    if not variant.host:
+        raise InputError(
+            f"{official} is a filter for {variant.title}, which cannot be hosts here: train one "
+            "with `allgood filter`"
+        )
+    inspector = Inspector(host, device=device)
+    kind = inspector.config["detector"]["name"]
+    if "filter" in inspector.config or kind != variant.host:
+        raise InputError(
+            f"{official} is a filter for {variant.title}, and run '{host}' is "
+            f"{kind}{' with a filter' if 'filter' in inspector.config else ''}: give a plain "
+            f"{variant.host} run with --host"
+        )
+    side = variant.image_size
+    size = inspector.transform.input_size(side, side)
+    channels, grid = shape_of_match(inspector.detector, size, inspector.device)
+    if (size, grid, channels) != ((side, side), (variant.grid,) * 2, list(variant.match)):
+        raise InputError(
+            f"{official} is for levels of {list(variant.match)} channels on {variant.grid} x "
+            f"{variant.grid} of {side} x {side} pixels, but run '{host}' matches {channels} on "
+            f"{grid[0]} x {grid[1]} of {size[0]} x {size[1]}: fit or convert it as the authors' "
+            f"{variant.title}"
+        )
+    settings = {**FILTERS[variant.preset].settings, "classes": found.classes}
+    if kind == "hvqtrans" and not inspector.detector.config.optimal_transport:
+        settings |= {"matching": "hvq", "fusion": 0.9901}  # P + 0.01 H, as on VisA
+    config = FilterConfig(**settings)
+    model = FilteredDetector(config, inspector.detector, channels, grid)
+    model.network.load_state_dict(renamed(model.network, found.state))
+    behind = {
+        "official": official.name,
+        "settings": asdict(config),
+        "channels": channels,
+        "grid": list(grid),
+        "seed": 0,
+    }
+    known = read_json(inspector.run / PROVENANCE)
+    with making(out, {"convert": str(official), "host": str(host)}, overwrite=True) as state:
+        new = state / "run"
+        shutil.rmtree(new, ignore_errors=True)  # of a killed conversion
+        new.mkdir()
+        if (inspector.run / ENCODER).is_file():
+            shutil.copyfile(inspector.run / ENCODER, new / ENCODER)
+        write_masks(new, inspector.ignore)
+        facts = {
+            "command": command,
+            "official": str(official),
+            "host": str(host),
+            "data_fingerprint": known["data_fingerprint"],
+            "fitted_on": known["fitted_on"],
+            "device": str(inspector.device),
+        }
+        _write_run(new, model, {**inspector.config, "filter": behind}, facts)
+    return out
+
+
+def _with_weights(parts: Official, official: Path, weights: Path | None) -> EncoderConfig:
+    """The encoder, and the user's file with its weights where there is one."""
+    if weights is None:
+        return parts.encoder
+    if parts.encoder_weights is not None:
+        raise InputError(f"{official} holds the weights of its encoder: leave out --weights")
+    if not weights.is_file():
+        raise InputError(
+            f"{weights}: no such file; name one with the weights of '{parts.encoder.name}', or "
+            "leave out --weights to take them from the hub"
+        )
+    return replace(parts.encoder, weights=str(weights.absolute()))  # to be found from everywhere
 
 
 def _fill(model: Any, weights: Mapping[str, Tensor], official: Path) -> None:

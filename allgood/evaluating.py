@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from allgood.types import InputError, Sample
 
 if TYPE_CHECKING:
-    from allgood.evaluation.content import Alarms, CategoryResult, GalleryItem, ReportContent
+    from allgood.evaluation.content import (
+        Alarms,
+        CategoryResult,
+        GalleryItem,
+        Parts,
+        ReportContent,
+    )
     from allgood.inference import Inspector
     from allgood.metrics import Metric, PixelState
     from allgood.types import Batch, Failure, Prediction
@@ -22,6 +30,9 @@ EXACT_PIXELS = 1 << 26
 """Categories with at most so many test pixels are measured exactly (half a gigabyte)."""
 GALLERY_PER_KIND = 3
 """Pictures shown per category and kind: found, missed, false alarm."""
+BOTH, HOST, FILTER = range(3)
+"""Maps of a run with a CostFilter, as `FilteredDetector.predict_parts` stacks them; others have
+the first one only."""
 
 
 @dataclass(frozen=True)
@@ -159,21 +170,22 @@ def _content(
     """Everything that the report shows."""
     from allgood.data.fingerprint import fingerprint
     from allgood.evaluation.content import ReportContent, UnreadablePicture
-    from allgood.metrics import mean_over_categories
     from allgood.runs import PROVENANCE, read_json
 
     config = inspector.config
     provenance = read_json(inspector.run / PROVENANCE)
     results = [_category_result(judged, name, inspector) for name in judged.names()]
+    detector = config["detector"]["name"] + (" with a CostFilter" if "filter" in config else "")
     return ReportContent(
-        title=f"{config['detector']['name']} on {', '.join(inspector.categories)}",
-        detector=config["detector"]["name"],
+        title=f"{detector} on {', '.join(inspector.categories)}",
+        detector=detector,
         encoder=config["encoder"]["settings"]["name"],
         created_at=datetime.now(UTC),
         num_training=config["data"]["fitted_pictures"],
         categories=results,
-        mean=mean_over_categories({result.name: dict(result.metrics) for result in results}),
+        mean=_mean(judged, results),
         pooled=_category_result(judged, None, inspector),
+        parts=_parts(inspector, judged),
         protocol=protocol,
         gallery=gallery,
         unreadable=[UnreadablePicture(str(f.path), f.reason) for f in judged.failures],
@@ -197,6 +209,7 @@ def _numbers(content: ReportContent, pixel_size: int) -> dict[str, Any]:
         "categories": {result.name: _json(result.metrics) for result in content.categories},
         "mean": _json(content.mean),
         "pooled": _json(content.pooled.metrics),
+        **_parts_json(content.parts),
         "alarms": {
             **{result.name: _alarms_json(result) for result in content.categories},
             "pooled": _alarms_json(content.pooled),
@@ -206,35 +219,48 @@ def _numbers(content: ReportContent, pixel_size: int) -> dict[str, Any]:
     }
 
 
-class _Judged:
-    """Scores of all test pictures, and the pixel states of their categories."""
+def _row(sample: Sample) -> str:
+    """The row of the table where a picture counts: its category, or `category/domain` where its
+    data set parts the test by domain, as AeBAD-S does."""
+    domain = sample.meta.get("domain")
+    return f"{sample.category}/{domain}" if domain else sample.category
 
-    def __init__(self, samples: Sequence[Sample], exact: bool, pixel_size: int) -> None:
+
+class _Judged:
+    """Scores of all test pictures, and the pixel states of their rows, map by map."""
+
+    def __init__(
+        self, samples: Sequence[Sample], exact: bool, pixel_size: int, num_maps: int
+    ) -> None:
         from allgood.metrics import PixelState
 
-        counts = Counter(sample.category for sample in samples)
+        counts = Counter(_row(sample) for sample in samples)
+        self.category_of = {_row(sample): sample.category for sample in samples}
+        self.num_maps = num_maps
         self.exact = {
-            name: exact or (pixel_size > 0 and count * pixel_size**2 <= EXACT_PIXELS)
+            name: exact or (pixel_size > 0 and count * pixel_size**2 * num_maps <= EXACT_PIXELS)
             for name, count in counts.items()
         }
         self.pooled = PixelState(exact=exact)
         self.samples: list[Sample] = []
-        self.scores: list[float] = []
+        self.map_scores: list[list[float]] = [[] for _ in range(num_maps)]
         self.judged_as: list[str] = []
         self.has_mask: list[bool] = []
-        self.pixels: dict[str, PixelState] = {}
+        self.map_pixels: list[dict[str, PixelState]] = [{} for _ in range(num_maps)]
+        self.aupro_per_image: dict[str, list[float]] = {}
         self.failures: list[Failure] = []
         self.unreadable: dict[str, int] = {}
 
-    def names(self) -> list[str]:
-        return sorted({sample.category for sample in self.samples})
+    @property
+    def scores(self) -> list[float]:
+        return self.map_scores[BOTH]
 
-    def rows(self, category: str | None) -> list[int]:
-        return [
-            i
-            for i, sample in enumerate(self.samples)
-            if category is None or sample.category == category
-        ]
+    def names(self) -> list[str]:
+        """Of the rows: categories, or their domains."""
+        return sorted({_row(sample) for sample in self.samples})
+
+    def rows(self, name: str | None) -> list[int]:
+        return [i for i, sample in enumerate(self.samples) if name is None or _row(sample) == name]
 
     def add(
         self,
@@ -244,22 +270,31 @@ class _Judged:
         categories: Sequence[str],
     ) -> None:
         from allgood.metrics import PixelState
+        from allgood.metrics.reference import aupro_200_per_image
         from allgood.scoring import resize_map
 
-        maps = prediction.anomaly_map
+        maps = prediction.anomaly_map  # (B, maps, H, W)
+        scores = prediction.image_score.view(len(maps), self.num_maps)
         if pixel_size:
             maps = resize_map(maps, (pixel_size, pixel_size))
         for i, sample in enumerate(batch.sample):
             self.samples.append(sample)
-            self.scores.append(float(prediction.image_score[i]))
             self.judged_as.append(categories[int(prediction.category[i])])
             self.has_mask.append(bool(batch.has_mask[i]) and not sample.is_good)
-            if batch.has_mask[i] and batch.mask is not None:
-                name = sample.category
-                if name not in self.pixels:
-                    self.pixels[name] = PixelState(exact=self.exact[name])
-                for state in (self.pixels[name], self.pooled):
-                    state.update(maps[i].numpy(), batch.mask[i].numpy(), [f"{name}/{sample.id}"])
+            for which in range(self.num_maps):
+                self.map_scores[which].append(float(scores[i, which]))
+            if not batch.has_mask[i] or batch.mask is None:
+                continue
+            name, mask = _row(sample), batch.mask[i].numpy()
+            ids = [f"{sample.category}/{sample.id}"]
+            if "domain" in sample.meta and mask.any():
+                area = aupro_200_per_image(maps[i, :1].numpy(), mask)
+                self.aupro_per_image.setdefault(name, []).append(area)
+            for which, pixels in enumerate(self.map_pixels):
+                if name not in pixels:
+                    pixels[name] = PixelState(exact=self.exact[name])
+                pixels[name].update(maps[i, which : which + 1].numpy(), mask, ids)
+            self.pooled.update(maps[i, :1].numpy(), mask, ids)
 
 
 def _judge(
@@ -273,7 +308,13 @@ def _judge(
 ) -> _Judged:
     from allgood.progress import bar
 
-    judged = _Judged(samples, exact, pixel_size)
+    num_maps = 1
+    if "filter" in inspector.config:
+        num_maps = 3
+        parts = SimpleNamespace(predict=inspector.detector.predict_parts)
+        inspector = copy.copy(inspector)
+        inspector.detector = parts
+    judged = _Judged(samples, exact, pixel_size, num_maps)
     with bar("judging pictures never seen", len(samples)) as progress:
         for batch, prediction in inspector.predict(
             samples,
@@ -288,31 +329,57 @@ def _judge(
         raise InputError(
             f"none of the {len(samples)} test pictures could be read; {judged.failures[0].reason}"
         )
-    category_of = {str(sample.path): sample.category for sample in samples}
+    row_of = {str(sample.path): _row(sample) for sample in samples}
     for failure in judged.failures:
-        category = category_of[str(failure.path)]
-        judged.unreadable[category] = judged.unreadable.get(category, 0) + 1
+        name = row_of[str(failure.path)]
+        judged.unreadable[name] = judged.unreadable.get(name, 0) + 1
     return judged
 
 
+def _mean(judged: _Judged, results: Sequence[CategoryResult]) -> dict[str, Metric]:
+    """Over the categories; one with domains counts as the mean of its domains."""
+    from allgood.metrics import mean_over_categories
+
+    domains: dict[str, dict[str, Mapping[str, Metric]]] = {}
+    for result in results:
+        domains.setdefault(judged.category_of[result.name], {})[result.name] = result.metrics
+    if len(domains) == 1:
+        return mean_over_categories(*domains.values())
+    return mean_over_categories(
+        {
+            category: mean_over_categories(rows) if len(rows) > 1 else next(iter(rows.values()))
+            for category, rows in domains.items()
+        }
+    )
+
+
 def _category_result(judged: _Judged, category: str | None, inspector: Inspector) -> CategoryResult:
-    """Of one category, or of all pooled under one threshold (category None)."""
+    """Of one category or domain, or of all pooled under one threshold (category None)."""
     import numpy as np
 
     from allgood.evaluation.content import CategoryResult, Curves
-    from allgood.metrics import PixelState, image_curves, image_metrics, mad
+    from allgood.metrics import Metric, PixelState, image_curves, image_metrics, mad
 
     rows = judged.rows(category)
     scores = np.array([judged.scores[i] for i in rows])
     bad = np.array([not judged.samples[i].is_good for i in rows])
     metrics: dict[str, Metric] = dict(image_metrics(scores, bad))
-    pixels = judged.pooled if category is None else judged.pixels.get(category, PixelState())
+    pixels = (
+        judged.pooled if category is None else judged.map_pixels[BOTH].get(category, PixelState())
+    )
     metrics |= pixels.result()
     if category is None:
         # UniAS defines DSC per class; over a mixture its threshold means nothing.
         metrics = {name: one for name, one in metrics.items() if not name.startswith("dsc")}
     metrics["mad"] = mad(metrics)
-    calibration = _calibration_scores(inspector, category, judged.names())
+    if category in judged.aupro_per_image:
+        area = float(np.mean(judged.aupro_per_image[category]))
+        metrics["aupro_per_image"] = (
+            Metric.undefined("a map with no threshold below the limit")
+            if np.isnan(area)
+            else Metric.exact(area)
+        )
+    calibration = _calibration_scores(inspector, judged, category)
     return CategoryResult(
         name=category or "all categories",
         good_scores=scores[~bad],
@@ -328,12 +395,41 @@ def _category_result(judged: _Judged, category: str | None, inspector: Inspector
     )
 
 
-def _calibration_scores(
-    inspector: Inspector, category: str | None, names: Iterable[str]
-) -> list[float]:
+def _parts(inspector: Inspector, judged: _Judged) -> Parts | None:
+    """The detector and the filter, each alone, where the run has a CostFilter."""
+    from allgood.evaluation.content import Parts
+
+    if judged.num_maps == 1:
+        return None
+    host, behind = (
+        [_part_result(judged, name, which) for name in judged.names()] for which in (HOST, FILTER)
+    )
+    return Parts(host, behind, inspector.config["filter"]["settings"]["fusion"])
+
+
+def _part_result(judged: _Judged, category: str, which: int) -> CategoryResult:
+    import numpy as np
+
+    from allgood.evaluation.content import CategoryResult
+    from allgood.metrics import PixelState, image_metrics
+
+    rows = judged.rows(category)
+    scores = np.array([judged.map_scores[which][i] for i in rows])
+    bad = np.array([not judged.samples[i].is_good for i in rows])
+    pixels = judged.map_pixels[which].get(category, PixelState())
+    return CategoryResult(
+        name=category,
+        good_scores=scores[~bad],
+        defective_scores=scores[bad],
+        metrics=image_metrics(scores, bad) | pixels.result(),
+    )
+
+
+def _calibration_scores(inspector: Inspector, judged: _Judged, row: str | None) -> list[float]:
     """Scores of the calibration pictures; pooled, only if every category has some."""
     calibration = inspector.calibration
-    wanted = list(names) if category is None else [category]
+    names = judged.names() if row is None else [row]
+    wanted = sorted({judged.category_of[name] for name in names})
     if calibration is None or not all(calibration.knows(name) for name in wanted):
         return []
     return [score for name in wanted for score in calibration.image_scores[name]]
@@ -378,7 +474,7 @@ def _gallery(inspector: Inspector, judged: _Judged, infer_category: bool) -> lis
         return []
     items = []
     for name in judged.names():
-        if not inspector.calibration.knows(name):
+        if not inspector.calibration.knows(judged.category_of[name]):
             continue
         rows = sorted(judged.rows(name), key=lambda i: judged.scores[i])
         bad = [i for i in rows if not judged.samples[i].is_good]
@@ -415,7 +511,7 @@ def _gallery_item(
     assert inspection.image_score is not None
     return GalleryItem(
         kind=kind,
-        category=sample.category,
+        category=_row(sample),
         name=sample.id,
         defect=sample.defect,
         image_score=inspection.image_score,
@@ -439,6 +535,8 @@ def _protocol(
         else f"One model over {len(inspector.categories)} categories, converted from "
         f"{config['official']}; which pictures it was trained on is not recorded."
     ]
+    if "filter" in config:
+        sentences.append(_filter_sentence(config["filter"]))
     if inspector.calibration is not None:
         count = sum(map(len, inspector.calibration.image_scores.values()))
         sentences.append(
@@ -466,6 +564,13 @@ def _protocol(
         "threshold where precision + recall is largest (UniAS)."
     )
     sentences.append("Category numbers are averaged without weights.")
+    parted = sorted({s.category for s in judged.samples if "domain" in s.meta})
+    if parted:
+        sentences.append(
+            f"Test pictures of {', '.join(parted)} are measured in each domain by itself, and the "
+            "category counts as the mean of its domains; AUPRO per image is that of each "
+            "defective picture alone, at 200 thresholds, as some papers report it."
+        )
     if num_seen:
         sentences.append(
             f"{num_seen} test pictures were left out: the run was fitted or calibrated on them."
@@ -479,8 +584,41 @@ def _protocol(
     return sentences
 
 
+def _filter_sentence(behind: Mapping[str, Any]) -> str:
+    share = f"{behind['settings']['fusion']:g} of the map is the filter's"
+    if "official" in behind:
+        return (
+            f"Behind the detector stands a CostFilter converted from {behind['official']}; "
+            f"{share}, as its authors chose on their test pictures."
+        )
+    how = (
+        "chosen on other synthetic pictures"
+        if behind.get("fusion") == "auto"
+        else "fixed beforehand"
+    )
+    return (
+        f"Behind the detector stands a CostFilter that has learned synthetic anomalies in "
+        f"{behind['pictures']} of the same good pictures; {share}, {how}."
+    )
+
+
 def _json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
     return {name: metric.to_json() for name, metric in metrics.items()}
+
+
+def _parts_json(parts: Parts | None) -> dict[str, Any]:
+    """Under `parts`: the filter's share, and the metrics of detector and filter alone."""
+    if parts is None:
+        return {}
+    from allgood.metrics import mean_over_categories
+
+    of: dict[str, Any] = {"fusion": parts.fusion}
+    for name, results in (("host", parts.host), ("filter", parts.filter)):
+        of[name] = {
+            "categories": {result.name: _json(result.metrics) for result in results},
+            "mean": _json(mean_over_categories({r.name: dict(r.metrics) for r in results})),
+        }
+    return {"parts": of}
 
 
 def _alarms_json(result: CategoryResult) -> dict[str, Any] | None:

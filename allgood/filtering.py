@@ -1,7 +1,8 @@
 """Door: a fitted run and its good pictures -> a run with a CostFilter behind the same detector.
 
 good pictures -> synthetic anomalies -> the frozen host's match, once per drawing -> the training
-loop -> calibrated on pictures that neither has learned -> published
+loop -> measured on drawings kept from it -> calibrated on pictures that neither has learned ->
+published
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from allgood.types import InputError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from allgood.costfilter.filtered import FilterConfig, FilteredDetector
-    from allgood.data.synthesis import SynthesisConfig
+    from allgood.data.synthesis import Synthesizer
     from allgood.inference import Inspector
     from allgood.learning import Training
     from allgood.types import Failure, Sample
@@ -37,9 +38,11 @@ TRAIN: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "gradient_clip": 1.0,
 }
-"""Of a `small` filter; the paper's, and presets of what was published: docs/costfilter.md."""
-MASK_SIDE = 128
-"""Side of the masks that the filter learns from."""
+"""Of a `small` filter; what was published: recipes/costfilter.py."""
+DRAWS = 6
+VALIDATION_PICTURES = 16
+"""Of each category, at most: a tenth of its pictures is kept from training, to measure on."""
+VALIDATION_DRAWS = 4
 
 
 def filter(
@@ -47,10 +50,12 @@ def filter(
     data: list[Path],
     *,
     out: Path = Path("filtered"),
+    preset: str | None = None,
     settings: tuple[str, ...] = (),
     synthesis: tuple[str, ...] = (),
     train: tuple[str, ...] = (),
-    draws: int = 6,
+    draws: int | None = None,
+    fusion: Literal["fixed", "auto"] = "fixed",
     layout: str | None = None,
     max_false_alarm: float = 0.05,
     cache: Path | None = None,
@@ -70,10 +75,14 @@ def filter(
         run: folder of a fitted run.
         data: the good pictures, as they were given to `allgood fit`.
         out: folder of the new run.
+        preset: what was published for one detector, with all its deviations: reference-dinomaly,
+            reference-hvq or reference-anomaldf; for a GPU. Left out: our own small filter.
         settings: of the filter, as name=value, e.g. fusion=0.3 size=full.
         synthesis: of the anomalies, as name=value.
         train: of the training, as name=value, e.g. steps=3000.
-        draws: synthetic versions of each picture.
+        draws: synthetic versions of each picture; left out: 6, or the preset's.
+        fusion: the filter's share of the map, lambda: as the settings say (fusion=0.5), or the one
+            that is best on synthetic pictures kept from training. Test pictures are never used.
         layout: how the data lie on disk, where it is not recognised.
         max_false_alarm: share of good pictures that may raise an alarm.
         cache: folder for the frozen features of all trainings; default: in the user's cache folder.
@@ -91,26 +100,44 @@ def filter(
     """
     arguments = dict(locals())
     started = time.monotonic()
-    from allgood.costfilter.filtered import FilterConfig, FilteredDetector
+    from allgood.costfilter.filtered import (
+        FilterConfig,
+        FilteredDetector,
+        shape_of_match,
+        volume_grid,
+    )
     from allgood.data.fingerprint import fingerprint
-    from allgood.data.synthesis import SynthesisConfig
+    from allgood.data.foreground import choose_foreground
+    from allgood.data.synthesis import SynthesisConfig, Synthesizer, reference_config
     from allgood.inference import Inspector, require_at_least
     from allgood.learning import default_cache_root, open_training
     from allgood.progress import say
     from allgood.recipes import configured
+    from allgood.recipes.costfilter import find_filter
     from allgood.runs import PROVENANCE, command_line, finish, is_finished, read_json
     from allgood.training.config import TrainConfig
     from allgood.unfinished import making, refuse_folder
 
     out = Path(out)
+    recipe = None if preset is None else find_filter(preset)
+    draws = draws if draws is not None else recipe.draws if recipe else DRAWS
     require_at_least(1, batch_size=batch_size, draws=draws)
     refuse_folder(out, overwrite)
-    config = configured(FilterConfig, {}, settings)
-    train_config = configured(TrainConfig, TRAIN, train)
-    synthesis_config = configured(SynthesisConfig, {}, synthesis)
+    config = configured(FilterConfig, recipe.settings if recipe else {}, settings)
+    if fusion == "auto" and any(word.startswith("fusion=") for word in settings):
+        raise InputError("--fusion auto chooses the fusion: leave it out of --settings")
+    train_config = configured(TrainConfig, recipe.train if recipe else TRAIN, train)
+    drawn = asdict(reference_config()) if recipe else {}
+    synthesis_config = configured(SynthesisConfig, drawn, synthesis)
     inspector = Inspector(run, device=device)
     if "filter" in inspector.config:
         raise InputError(f"run '{run}' has a filter already: give the run behind it")
+    kind = inspector.config["detector"]["name"]
+    if recipe and recipe.host != kind:
+        raise InputError(
+            f"preset {preset} is for {recipe.host}, but run '{run}' is {kind}: take another "
+            "preset, or none"
+        )
     if inspector.transform.keep_aspect:
         raise InputError(
             f"run '{run}' reads pictures of many sizes, and a filter learns one: fit it with "
@@ -119,6 +146,12 @@ def filter(
     known = set(read_json(inspector.run / PROVENANCE)["fitted_on"])
     learned, fresh, digest = _good_pictures(inspector, data, layout, known)
     templates, taught = _kept_templates(learned, config, seed)
+    taught, held_out = _held_out(taught, seed)
+    if fusion == "auto" and not held_out:
+        raise InputError(
+            "--fusion auto needs at least two good pictures of a category, one of them to choose "
+            "on: leave it out"
+        )
     training = open_training(
         train_config,
         cache_root=None if no_cache else cache or default_cache_root(),
@@ -132,20 +165,27 @@ def filter(
             "on a CPU a filter is trained in fp32, as the gradients of 3-D convolutions are not "
             "reliable in bf16 there: leave out --train precision"
         )
-    drawing = _Drawing(taught, draws, inspector, synthesis_config, seed)
-    channels, grid = _shape_of_match(inspector, taught)
+    foreground = {
+        name: choose_foreground(_some_pictures(taught, name)) for name in inspector.categories
+    }
+    synthesizer = Synthesizer(synthesis_config, seed=seed, foreground=foreground)
+    drawing = _Drawing(taught, draws, inspector, synthesizer, config.mask_side)
+    image_size = inspector.transform.input_size(*_picture(taught[0]).shape[:2])
+    channels, grid = shape_of_match(inspector.detector, image_size, inspector.device)
+    grid = volume_grid(config, grid)
     model = FilteredDetector(config, inspector.detector, channels, grid, seed)
     if templates:
         model.keep_templates(_template_features(inspector, templates, config.num_templates))
     wanted = {
         "settings": asdict(config),
-        "channels": list(channels),
+        "channels": channels,
         "grid": list(grid),
         "seed": seed,
-        "synthesis": asdict(synthesis_config) | {"foreground": drawing.foreground},
+        "synthesis": asdict(synthesis_config) | {"foreground": foreground},
         "draws": draws,
         "train": asdict(train_config),
         "pictures": len(taught),
+        "fusion": fusion,
     }
     key = {
         "host": _digest(inspector.run),
@@ -154,13 +194,15 @@ def filter(
         "draws": draws,
         "seed": seed,
         "encoding": model.encoding,
-        "mask": MASK_SIDE,
+        "mask": config.mask_side,
     }
     request = {"filter": wanted, "key": key, "max_false_alarm": max_false_alarm}
     with making(out, request, overwrite) as state:
         new = state / "run"
         if not is_finished(new):
             failures = _train(model, drawing, training, state / "training", key, batch_size, seed)
+            unseen = _Drawing(held_out, VALIDATION_DRAWS, inspector, synthesizer, config.mask_side)
+            table = _validate(model, unseen, image_size, batch_size, fusion)
             facts = {
                 "command": command_line(filter, arguments),
                 "host": str(run),
@@ -168,11 +210,14 @@ def filter(
                 "fitted_on": sorted(known),
                 "device": str(training.fabric.device),
                 "unreadable": [[str(f.path), f.reason] for f in failures],
+                "synthetic_validation": table,
                 "seconds": round(time.monotonic() - started, 1),
             }
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
-            _write_run(new, model, inspector, wanted, facts, state / "training")
+            # With the fusion that was chosen.
+            settled = {**wanted, "settings": asdict(model.config)}
+            _write_run(new, model, inspector, settled, facts, state / "training")
             _calibrate(new, fresh, max_false_alarm, device)
             finish(new)
     say(f"a filter behind {run}, from {len(taught)} good pictures, in {out}")
@@ -187,17 +232,11 @@ class _Drawing:
         samples: Sequence[Sample],
         draws: int,
         inspector: Inspector,
-        config: SynthesisConfig,
-        seed: int,
+        synthesizer: Synthesizer,
+        mask_side: int,
     ) -> None:
-        from allgood.data.foreground import choose_foreground
-        from allgood.data.synthesis import Synthesizer
-
         self.samples, self.draws, self.inspector = samples, draws, inspector
-        self.foreground = {
-            name: choose_foreground(_some_pictures(samples, name)) for name in inspector.categories
-        }
-        self.synthesizer = Synthesizer(config, seed=seed, foreground=self.foreground)
+        self.synthesizer, self.mask_side = synthesizer, mask_side
 
     def __len__(self) -> int:
         return self.draws * len(self.samples)
@@ -245,7 +284,11 @@ class _Drawing:
             ignore = to_inputs(self.inspector.ignore, names, sizes, self.inspector.transform)
             image, mask = hide(image, ignore), mask & ~ignore
         category = torch.tensor([self.inspector.index_of(name) for name in names])
-        return (image, _shrunk(mask), category, torch.tensor(numbers)), readable, failures
+        return (
+            (image, _shrunk(mask, self.mask_side), category, torch.tensor(numbers)),
+            readable,
+            failures,
+        )
 
     def _read_resized(self, sample: Sample) -> tuple[np.ndarray, tuple[int, int]]:
         import numpy as np
@@ -257,12 +300,12 @@ class _Drawing:
         return np.ascontiguousarray(resized), (picture.shape[0], picture.shape[1])
 
 
-def _shrunk(mask: Tensor) -> Tensor:
-    """(B, 1, H, W) bool -> (B, 1, MASK_SIDE, MASK_SIDE): pixels of which a third is painted, so
-    that thin lines stay."""
+def _shrunk(mask: Tensor, side: int) -> Tensor:
+    """(B, 1, H, W) bool -> (B, 1, side, side): pixels of which a third is painted, so that thin
+    lines stay."""
     import torch.nn.functional as F
 
-    return F.interpolate(mask.float(), (MASK_SIDE, MASK_SIDE), mode="area") > 0.3
+    return F.interpolate(mask.float(), (side, side), mode="area") > 0.3
 
 
 def _some_pictures(samples: Sequence[Sample], category: str, count: int = 12) -> list[np.ndarray]:
@@ -325,6 +368,21 @@ def _kept_templates(
     return kept, [sample for sample in samples if sample not in kept]
 
 
+def _held_out(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
+    """The pictures that are learned, and a tenth of each category to measure on."""
+    import random
+
+    held: set[int] = set()
+    for category in sorted({sample.category for sample in samples}):
+        own = [i for i, sample in enumerate(samples) if sample.category == category]
+        count = min(VALIDATION_PICTURES, len(own) // 2, -(-len(own) // 10))
+        held.update(random.Random(f"{seed}:{category}:held out").sample(own, count))
+    return (
+        [sample for i, sample in enumerate(samples) if i not in held],
+        [sample for i, sample in enumerate(samples) if i in held],
+    )
+
+
 def _template_features(inspector: Inspector, samples: Sequence[Sample], count: int) -> list[Tensor]:
     """L x (K, N, C, h, w): the query features of the pictures kept as templates."""
     import torch
@@ -341,20 +399,6 @@ def _picture(sample: Sample) -> np.ndarray:
     from allgood.data.images import read_image
 
     return read_image(sample.path)
-
-
-def _shape_of_match(
-    inspector: Inspector, samples: Sequence[Sample]
-) -> tuple[list[int], tuple[int, int]]:
-    """Channels of each level of the host's matches, and the grid of the first."""
-    import torch
-
-    height, width = inspector.transform.input_size(*_picture(samples[0]).shape[:2])
-    image = torch.zeros(1, 3, height, width, device=inspector.device)
-    category = torch.zeros(1, dtype=torch.int64, device=inspector.device)
-    with torch.inference_mode():
-        query = inspector.detector.match(image, category).query
-    return [level.shape[1] for level in query], (query[0].shape[-2], query[0].shape[-1])
 
 
 def _train(
@@ -381,6 +425,58 @@ def _train(
     source = cached(online, training, key, batch_size) or online
     train(model, source, training.config, fabric=fabric, folder=folder, seed=seed)
     return list({failure.path: failure for failure in source.failures.values()}.values())
+
+
+def _validate(
+    model: FilteredDetector,
+    drawing: _Drawing,
+    image_size: tuple[int, int],
+    batch_size: int,
+    fusion: Literal["fixed", "auto"],
+) -> dict[str, Any]:
+    """Measure on drawings kept from training, and set the fusion if that was asked for.
+
+    Returns:
+        for provenance.json: pixel AP of every part, of every category and on the mean.
+    """
+    from functools import partial
+
+    from allgood.costfilter.validation import best_fusion, mean_over, validate
+    from allgood.progress import say
+    from allgood.training.sources import OnlineFeatures
+
+    model.eval()
+    device = drawing.inspector.device
+    encode = partial(model.encode, whole=True)
+    source = OnlineFeatures(drawing.read, encode, drawing.category(), device)
+    tables: dict[str, Any] = {}
+    for i, name in enumerate(model.categories):
+        own = (source.category == i).nonzero().flatten().tolist()
+        order = [own[begin : begin + batch_size] for begin in range(0, len(own), batch_size)]
+        table = validate(model, source.batches(order), image_size)
+        if table is not None:
+            tables[name] = table
+    facts: dict[str, Any] = {
+        "pictures": len(drawing.samples),
+        "draws": drawing.draws,
+        "categories": tables,
+    }
+    if not tables:
+        say(
+            "too few good pictures to measure the filter on: its share stays "
+            f"{model.config.fusion:g}"
+        )
+        return facts
+    mean = mean_over(tables)
+    if fusion == "auto":
+        model.config = replace(model.config, fusion=best_fusion(mean))
+    share = model.config.fusion
+    say(
+        f"pixel AP on {len(source)} drawings kept from training: initial map "
+        f"{mean['initial_map']:.3f}, detector {mean['host']:.3f}, filter {mean['filter']:.3f}, "
+        f"both {mean['fusion'][f'{share:g}']:.3f} (fusion {share:g})"
+    )
+    return {**facts, "mean": mean, "chosen": fusion == "auto"}
 
 
 def _write_run(

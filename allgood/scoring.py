@@ -62,6 +62,16 @@ def top_fraction_mean(anomaly_map: Tensor, fraction: float) -> Tensor:
     return flat.topk(count, dim=1).values.mean(dim=1)
 
 
+def highest_window_mean(anomaly_map: Tensor, side: int = 16) -> Tensor:
+    """The highest mean over a square of side x side pixels (UniAD): (B, 1, H, W) -> (B,).
+
+    A side of the map that is shorter than the square is averaged as a whole.
+    """
+    height, width = anomaly_map.shape[-2:]
+    rows = F.avg_pool2d(anomaly_map, (min(side, height), 1), stride=1)  # one axis after the other
+    return F.avg_pool2d(rows, (1, min(side, width)), stride=1).amax(dim=(1, 2, 3))
+
+
 def resize_map(anomaly_map: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, 1, h, w) -> (B, 1, *size), bilinear with half-pixel centres and no antialias."""
     if anomaly_map.shape[-2:] == size:

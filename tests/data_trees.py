@@ -61,6 +61,42 @@ def mvtec(root: Path, category: str = "bottle", *, good: str = "good", bad: str 
     return folder
 
 
+def goodsad(root: Path, categories: tuple[str, ...] = ("drink_can", "food_box")) -> Path:
+    """2 products in training; masks with and without `_mask`, and suffixes that differ."""
+    for category in categories:
+        folder = root / category
+        for i in (1001, 1002, 57003):
+            save(picture(i), folder / "train" / "good" / f"{i:06}.jpg")
+        save(picture(58001), folder / "test" / "good" / "058001.jpg")
+        for i, ending in ((1004, ""), (58002, "_mask")):
+            save(picture(i), folder / "test" / "surface_damage" / f"{i:06}.jpg")
+            save(spot(), folder / "ground_truth" / "surface_damage" / f"{i:06}{ending}.png")
+    return root
+
+
+def aebad(root: Path) -> Path:
+    """AeBAD-S: 2 good and 1 defective picture per domain and kind; equal names in all of them."""
+    folder = root / "AeBAD_S"
+    kinds, domains = ("good", "ablation", "groove"), ("same", "background", "illumination", "view")
+    for number, domain in enumerate(domains[1:]):
+        for i in range(2):
+            save(
+                picture(1000 + 10 * number + i),
+                folder / "train" / "good" / domain / f"IMG_{i}.png",
+                "JPEG",
+            )
+        junk(folder / "train" / "good" / domain)
+    for number, domain in enumerate(domains):
+        for kind in kinds:
+            for i in range(2 if kind == "good" else 1):
+                seed = 100 * number + 10 * kinds.index(kind) + i
+                save(picture(seed), folder / "test" / kind / domain / f"IMG_{i}.png", "JPEG")
+            if kind != "good":
+                save(spot(value=number + 1), folder / "ground_truth" / kind / domain / "IMG_0.png")
+                junk(folder / "ground_truth" / kind / domain)
+    return folder
+
+
 def good_and_bad(root: Path, good: str = "OK", num_good: int = 20) -> Path:
     """`num_good` good pictures, two defect folders, one flat mask."""
     for i in range(num_good):

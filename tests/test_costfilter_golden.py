@@ -29,8 +29,6 @@ from allgood.costfilter.network import (
     CostFilterNetwork,
     NetworkConfig,
     anomaly_probability,
-    from_official,
-    official_name,
 )
 from allgood.costfilter.volume import (
     VolumeConfig,
@@ -40,6 +38,7 @@ from allgood.costfilter.volume import (
     resize_aligned,
     spread_over_stages,
 )
+from allgood.official.costfilter import official_name, renamed
 from allgood.scoring import gaussian_kernel, top_fraction_mean
 from allgood.types import InputError
 
@@ -122,7 +121,7 @@ def network_answers(host: str) -> dict[str, Tensor]:
     config, grid, size = NETWORKS[host]
     with torch.device("meta"):
         network = CostFilterNetwork(config).eval()
-    network.load_state_dict(from_official(network, official_state(config)), assign=True)
+    network.load_state_dict(renamed(network, official_state(config)), assign=True)
     out: dict[str, Tensor] = {}
 
     def keep(module: Any, name: str) -> None:
@@ -365,13 +364,13 @@ def test_a_foreign_checkpoint_is_refused() -> None:
     config = NetworkConfig(16, 2, (3, 4, 5, 6), classes=3, width=8, side=16, stem=8)
     network = CostFilterNetwork(config)
     state = {official_name(name): value for name, value in network.state_dict().items()}
-    assert from_official(network, state).keys() == network.state_dict().keys()
+    assert renamed(network, state).keys() == network.state_dict().keys()
     missing = dict(list(state.items())[1:])
     with pytest.raises(InputError, match=r"down_channel1.conv.weight"):
-        from_official(network, missing)
+        renamed(network, missing)
     state["decoder_segment.conv1.weight"] = torch.zeros(8, 8, 3, 1, 1)
     with pytest.raises(InputError, match=r"conv1.weight is \(8, 8, 3, 1, 1\)"):
-        from_official(network, state)
+        renamed(network, state)
 
 
 @pytest.mark.shared

@@ -198,6 +198,74 @@ def test_ambiguous_folders_say_what_was_seen(tmp_path: Path, files: list[str], t
 # -- data sets with their own layout -------------------------------------------------------------
 
 
+def test_goodsad(tmp_path: Path) -> None:
+    root = data_trees.goodsad(tmp_path / "GoodsAD")
+    assert detect_layout(root) == detect_layout(root / "drink_can") == "goodsad"
+    data = read_data([root])
+    assert kinds(data.samples) == {
+        (category, split, defect): count
+        for category in ("drink_can", "food_box")
+        for (split, defect), count in {
+            ("train", "good"): 3,
+            ("test", "good"): 1,
+            ("test", "surface_damage"): 2,
+        }.items()
+    }
+    masks = {s.path.stem: [p.name for p in s.mask_paths] for s in data.test if not s.is_good}
+    assert masks == {"001004": ["001004.png"], "058002": ["058002_mask.png"]}
+    assert Counter(s.meta["product"] for s in data.train) == {"001": 4, "057": 2}
+    assert all(s.group == "" for s in data.samples)
+
+
+def test_goodsad_without_a_mask_and_what_only_looks_like_it(tmp_path: Path) -> None:
+    root = data_trees.goodsad(tmp_path / "GoodsAD")
+    (root / "food_box" / "ground_truth" / "surface_damage" / "001004.png").unlink()
+    with pytest.raises(InputError, match=r"food_box.*001004\.jpg: has no mask of the same name"):
+        read_data([root])
+    assert len(read_data([root], layout="mvtec").samples) == 12
+    data_trees.mvtec(tmp_path, "food_box")  # of somebody else: other names
+    assert detect_layout(tmp_path / "food_box") == "mvtec"
+    data_trees.mvtec(root, "bottle")
+    assert detect_layout(root) == "mvtec"
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_aebad(tmp_path: Path, above: bool) -> None:
+    folder = data_trees.aebad(tmp_path / "AeBAD")
+    data_trees.mvtec(tmp_path / "AeBAD", "AeBAD_V")  # beside it, and not read
+    root = folder.parent if above else folder
+    assert detect_layout(root) == "aebad"
+    data = read_data([root])
+    assert data.categories == ("AeBAD_S",)
+    assert (len(data.train), len(data.test)) == (6, 16)
+    for domain in ("same", "background", "illumination", "view"):
+        test = [s for s in data.test if s.meta["domain"] == domain]
+        assert Counter(s.defect for s in test) == {"good": 2, "ablation": 1, "groove": 1}
+        for sample in test:
+            assert sample.path.parent.name == domain
+            expected = [("ground_truth", sample.defect, domain, sample.path.name)]
+            found = [path.relative_to(folder).parts for path in sample.mask_paths]
+            assert found == ([] if sample.is_good else expected)
+    assert {s.meta["domain"] for s in data.train} == {"background", "illumination", "view"}
+    assert all((Path(root) / s.id) == s.path for s in data.samples)
+    assert "    view: 2 good + 2 defective" in data.describe().splitlines()
+
+
+def test_aebad_pictures_outside_the_domains(tmp_path: Path) -> None:
+    folder = data_trees.aebad(tmp_path)
+    save(picture(7), folder / "test" / "groove" / "deep" / "er" / "000.png")
+    with pytest.raises(InputError, match="lies in no domain"):
+        read_data([folder])
+    with pytest.raises(InputError, match="name the folder AeBAD_S"):
+        read_data([data_trees.mvtec(tmp_path)], layout="aebad")
+
+
+def test_domains_beside_other_categories(tmp_path: Path) -> None:
+    data = read_data([data_trees.aebad(tmp_path), data_trees.goodsad(tmp_path / "goods")])
+    assert data.categories == ("AeBAD_S", "drink_can", "food_box")
+    assert {s.category for s in data.samples if "domain" in s.meta} == {"AeBAD_S"}
+
+
 def test_mtd(tmp_path: Path) -> None:
     root = data_trees.mtd(tmp_path / "tile")
     assert detect_layout(root) == "mtd"

@@ -17,13 +17,13 @@ from allgood.detectors.dinomaly import (
     Dinomaly,
     DinomalyConfig,
     NoisyBottleneck,
-    cosine_distance,
     loose_loss,
     map_matrix,
 )
 from allgood.encoders.frozen import EncoderConfig, FrozenEncoder, middle_levels
 from allgood.encoders.tiled import TiledEncoder
 from allgood.layers.attention import neighbour_mask
+from allgood.layers.cosine import cosine_distance
 from allgood.types import InputError, Match, TrainingBatch
 
 

@@ -20,8 +20,9 @@ from fill import fill_state, uniform
 from safetensors.torch import save_file
 from torch import Tensor
 
-from allgood.detectors.dinomaly import Dinomaly, DinomalyConfig, cosine_distance
+from allgood.detectors.dinomaly import Dinomaly, DinomalyConfig
 from allgood.encoders.frozen import FrozenEncoder, dinov2_position_embedding
+from allgood.layers.cosine import cosine_distance
 from allgood.official.dinomaly import from_official
 from allgood.types import TrainingBatch
 

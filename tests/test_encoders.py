@@ -153,6 +153,22 @@ def test_local_files(tmp_path: Path, head: bool | int) -> None:
     assert encoder.digest != random_encoder("test_resnet").digest
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
+def test_a_file_may_end_behind_the_last_level(name: str, tmp_path: Path) -> None:
+    levels, path = (1, 2), str(tmp_path / "trunk.safetensors")
+    torch.manual_seed(5)
+    whole = timm.create_model(name)
+    part = random_encoder(name, levels).backbone.state_dict().keys()
+    save_file({key: whole.state_dict()[key] for key in part}, path)
+    encoder = FrozenEncoder(EncoderConfig(name, levels, path))
+    for key, tensor in encoder.backbone.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[key]), key
+    image = image_of(160, 160)
+    assert [level.shape[1] for level in encoder(image)] == list(encoder.channels)
+    with pytest.raises(InputError, match=f"does not hold the weights of encoder '{name}'"):
+        FrozenEncoder(EncoderConfig(name, (1, 2, 3), path))
+
+
 def test_digest_changes_with_one_number(tmp_path: Path) -> None:
     path = saved_weights(tmp_path, 5)
     first = FrozenEncoder(EncoderConfig("test_resnet", weights=str(path))).digest

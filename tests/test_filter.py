@@ -1,25 +1,37 @@
 """The door `filter`: a CostFilter behind a fitted detector, trained on synthetic anomalies."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from doors import Command, content
+from doors import Command, content, mask
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+from test_contract import LEARNERS
 from tiny import CATEGORIES, good_batches, picture, random_encoder, trained, with_defect
 from tiny import fitted as fitted_bank
 
 import allgood as library
-from allgood.costfilter.filtered import FilterConfig, FilteredDetector
+from allgood.costfilter import filtered
+from allgood.costfilter.filtered import FilterConfig, FilteredDetector, volume_grid
+from allgood.costfilter.validation import best_fusion, mean_over, validate
+from allgood.costfilter.volume import compare, cost_volume, resize_aligned
+from allgood.data.images import read_image
+from allgood.filtering import _held_out
 from allgood.own_state import load_own_state, own_state
-from allgood.types import InputError, TrainingBatch
+from allgood.scoring import resize_map, top_fraction_mean
+from allgood.types import InputError, Sample, TrainingBatch
 
 pytest_plugins = ["doors_fixtures"]
 
 FILTER = ["--train", "steps=4", "batch_size=4", "--draws", "1", "--max-false-alarm", "0.1"]
-HOSTS = ("patchcore", "anomalydino", "dinomaly")
+HOSTS = ("patchcore", "anomalydino", *LEARNERS)
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +40,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "home"
 
 
+@pytest.fixture
+def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `small` filter becomes a tiny one."""
+    monkeypatch.setattr(filtered, "small", lambda c: replace(c, width=8, side=16, stem=16))
+
+
 @pytest.fixture(scope="module", params=HOSTS)
 def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     name = request.param
-    if name == "dinomaly":
-        return trained(name, random_encoder("test_vit", (1, 2)), steps=20, decoder_depth=2)
+    if name in LEARNERS:
+        encoder_name, levels, settings = LEARNERS[name]
+        return trained(name, random_encoder(encoder_name, levels), **{**settings, "steps": 20})
     encoder = (
         random_encoder("test_vit", (1,), norm=True)
         if name == "anomalydino"
@@ -43,9 +62,9 @@ def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def behind(host: Any, **settings: Any) -> FilteredDetector:
-    query = host.match(torch.zeros(1, 3, 96, 96), torch.zeros(1, dtype=torch.int64)).query
-    grid = (query[0].shape[-2], query[0].shape[-1])
-    return FilteredDetector(FilterConfig(**settings), host, [q.shape[1] for q in query], grid)
+    config = FilterConfig(**settings)
+    channels, grid = filtered.shape_of_match(host, (96, 96), torch.device("cpu"))
+    return FilteredDetector(config, host, channels, volume_grid(config, grid))
 
 
 def drawn(model: FilteredDetector) -> TrainingBatch:
@@ -67,6 +86,7 @@ def drawn(model: FilteredDetector) -> TrainingBatch:
 
 
 @pytest.mark.parametrize("templates", ["match", "good"])
+@pytest.mark.usefixtures("tiny_network")
 def test_a_filter_learns_behind_every_host(host: Any, templates: Any) -> None:
     model = behind(host, templates=templates, num_templates=2).train()
     if templates == "good":
@@ -130,7 +150,9 @@ def test_the_hosts_scale() -> None:
     mask = torch.zeros(400, 1, 8, 8)
     mask[:2] = 1  # painted: no good pixels
     host_map[:2] = 1000
-    model.prepare([TrainingBatch((host_map, mask), category, torch.arange(400))])
+    host_map *= 2e-9  # less than float16 holds, as a cache would have it
+    parts = [part.half().float() for part in filtered._parted(host_map)]
+    model.prepare([TrainingBatch((*parts, mask), category, torch.arange(400))])
     for index, scale in ((0, 1), (1, 10)):
         good = host_map[2:][category[2:] == index].flatten()
         expected = torch.tensor([good.median(), good.quantile(0.995)])
@@ -164,7 +186,14 @@ def test_every_command_takes_a_filtered_run(
     assert set(content(out)) == {*files, "training.jsonl"}
     config = json.loads((out / "config.json").read_text())
     assert config["filter"]["settings"]["fusion"] == 0.5
-    assert allgood("evaluate", out, tree).code == 0
+    table = json.loads((out / "provenance.json").read_text())["synthetic_validation"]
+    assert set(table["categories"]) == set(CATEGORIES) and not table["chosen"]
+    assert "pixel AP on" in answer.err and f"initial map {table['mean']['initial_map']:.3f}" in (
+        answer.err
+    )
+    answer = allgood("evaluate", out, tree)
+    assert answer.code == 0
+    assert_parts_are_shown(out, tree, answer.out)
     bad = tree / "wood" / "test" / "hole" / "000.png"
     (record,) = allgood("inspect", out, bad, "--overlays", tmp_path / "heat").records
     assert record["category"] == "wood" and record["p_value"] is not None
@@ -174,9 +203,110 @@ def test_every_command_takes_a_filtered_run(
     again = tmp_path / "again"
     assert allgood("filter", run, tree, "--out", again, *FILTER).code == 0
     assert content(again)["weights.safetensors"] == content(out)["weights.safetensors"]
+    # The fusion is chosen after the training, so nothing else changes.
+    chosen = tmp_path / "chosen"
+    assert allgood("filter", run, tree, "--out", chosen, *FILTER, "--fusion", "auto").code == 0
+    assert content(chosen)["weights.safetensors"] == content(out)["weights.safetensors"]
+    found = json.loads((chosen / "provenance.json").read_text())["synthetic_validation"]
+    assert found["chosen"] and found["categories"] == table["categories"]
+    settled = json.loads((chosen / "config.json").read_text())["filter"]["settings"]["fusion"]
+    assert found["mean"]["fusion"][f"{settled:g}"] == max(found["mean"]["fusion"].values())
+    assert library.Inspector(chosen).detector.config.fusion == settled
     words = [*FILTER, "--settings", "templates=good", "num_templates=2", "--no-cache"]
     assert allgood("filter", run, tree, "--out", tmp_path / "good", *words).code == 0
     assert library.Inspector(tmp_path / "good").detector.template_0.abs().sum() > 0
+
+
+def assert_parts_are_shown(out: Path, tree: Path, table: str) -> None:
+    """Detector, filter and both of a run, against a plain computation on every test picture."""
+    numbers = json.loads((out / "metrics.json").read_text())
+    inspector = library.Inspector(out)
+    for name in CATEGORIES:
+        index = torch.tensor([inspector.index_of(name)])
+        found: dict[str, list[Any]] = {part: [] for part in ("host", "filter", "fused", "mask")}
+        score: dict[str, list[float]] = {part: [] for part in ("host", "filter", "fused")}
+        bad = []
+        for path in sorted((tree / name / "test").rglob("*.png")):
+            picture = inspector.transform(read_image(path))[None]
+            with torch.inference_mode():
+                match = inspector.detector.match(picture, index)
+                maps = inspector.detector.maps(match, (64, 64))
+            is_bad = path.parent.name != "good"
+            bad.append(is_bad)
+            for part, scores in score.items():
+                values = getattr(maps, part)
+                scores.append(float(top_fraction_mean(values, 0.0038)))
+                found[part].append(resize_map(values, (256, 256)).flatten())
+            drawn = np.zeros((256, 256), bool)
+            if is_bad:
+                drawn = np.asarray(mask().resize((256, 256), Image.Resampling.NEAREST)) > 0
+            found["mask"].append(torch.from_numpy(drawn).flatten())
+        positive = torch.cat(found["mask"]).numpy()
+        for part, where in (
+            ("fused", numbers["categories"]),
+            ("host", numbers["parts"]["host"]["categories"]),
+            ("filter", numbers["parts"]["filter"]["categories"]),
+        ):
+            pixel_ap = average_precision_score(positive, torch.cat(found[part]).numpy())
+            assert where[name]["pixel_ap"]["value"] == pytest.approx(pixel_ap, abs=2e-3), part
+            image_auroc = roc_auc_score(bad, score[part])
+            assert where[name]["image_auroc"]["value"] == pytest.approx(image_auroc), part
+    assert numbers["parts"]["fusion"] == 0.5
+    assert "with and without the filter" in table
+    page = (out / "report.html").read_text()
+    assert 'id="filter"' in page and page.count("detector alone") == len(CATEGORIES)
+    assert "Behind the detector stands a CostFilter that has learned synthetic" in page
+
+
+def test_pictures_to_measure_on_are_kept_from_training() -> None:
+    samples = [
+        Sample(Path(f"{name}/{i}"), name, "train", "good", f"{name}/{i}")
+        for name, count in (("wood", 40), ("cloth", 400), ("one", 1))
+        for i in range(count)
+    ]
+    taught, held = _held_out(samples, seed=3)
+    counts = Counter(sample.category for sample in held)
+    assert counts == {"wood": 4, "cloth": 16}
+    assert sorted([*taught, *held], key=samples.index) == samples
+    assert _held_out(samples, seed=3)[1] == held != _held_out(samples, seed=4)[1]
+
+
+def test_what_is_measured_on_synthetic_pictures(host: Any) -> None:
+    model = behind(host, fusion=0.25)
+    batch = drawn(model)
+    model.prepare([batch])
+    model.eval()
+    table = validate(model, [batch], (96, 96))
+    assert table is not None
+    with torch.inference_mode():
+        match, mask = model.match_of(batch)
+        maps = model.maps(match, (96, 96))
+        costs = cost_volume(compare(match.query, match.template, model.volume))
+        least = resize_aligned(costs.amin(dim=1).mean(dim=1, keepdim=True), (96, 96))
+    positive = mask.flatten().numpy() > 0.5
+    for name, values in (("initial_map", least), ("host", maps.host), ("filter", maps.filter)):
+        expected = average_precision_score(positive, values.flatten().numpy())
+        assert table[name] == pytest.approx(expected, abs=1e-4), name
+    assert table["fusion"]["0"] == table["host"] and table["fusion"]["1"] == table["filter"]
+    expected = average_precision_score(positive, maps.fused.flatten().numpy())
+    assert table["fusion"]["0.25"] == pytest.approx(expected, abs=1e-4)
+    clean = TrainingBatch((*batch.features[:-1], mask * 0), batch.category, batch.index)
+    assert validate(model, [clean], (96, 96)) is None
+    assert validate(model, [], (96, 96)) is None
+
+
+def test_the_best_fusion() -> None:
+    def table(*values: float) -> dict[str, Any]:
+        return {
+            **dict.fromkeys(("initial_map", "host", "filter"), values[0]),
+            "fusion": dict(zip(("0", "0.5", "1"), values, strict=True)),
+        }
+
+    mean = mean_over({"a": table(0.2, 0.6, 0.1), "b": table(0.4, 0.2, 0.7)})
+    assert mean["host"] == pytest.approx(0.3)
+    assert mean["fusion"] == pytest.approx({"0": 0.3, "0.5": 0.4, "1": 0.4})
+    assert best_fusion(mean) == 0.5  # of equal ones the smaller
+    assert best_fusion(table(0.9, 0.1, 0.2)) == 0
 
 
 def test_what_a_filter_refuses(allgood: Command, run: Path, tree: Path, tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from allgood.evaluation.content import (
     Curve,
     Curves,
     GalleryItem,
+    Parts,
     ReportContent,
     UnreadablePicture,
 )
-from allgood.evaluation.metric_rows import metric_table
+from allgood.evaluation.metric_rows import metric_table, parts_table
 from allgood.evaluation.report import embedded_picture, render_report, write_report
 from allgood.evaluation.table import table
 from allgood.metrics import Metric, image_curves, image_metrics, mad, mean_over_categories
@@ -93,7 +94,9 @@ def report(
     masks: bool = True,
     alarms: bool = True,
     pictures: int = 4,
+    filtered: bool = False,
 ) -> ReportContent:
+    """With `filtered`, the run has a CostFilter; its host and filter are other random results."""
     results = [category(n, seed=i, masks=masks, alarms=alarms) for i, n in enumerate(names)]
     return ReportContent(
         title=f"Test of {names[0]}",
@@ -111,6 +114,15 @@ def report(
         wall_seconds=245.0,
         versions={"allgood": "0.1.0"},
         facts={"Device": "CPU"},
+        parts=Parts(
+            *(
+                [category(n, seed=s + i, masks=masks, alarms=False) for i, n in enumerate(names)]
+                for s in (1000, 2000)
+            ),
+            fusion=0.25,
+        )
+        if filtered
+        else None,
     )
 
 
@@ -158,6 +170,8 @@ CONTENTS = {
     "no alarms": report(alarms=False),
     "empty gallery": report(pictures=0),
     "hostile names": report((HOSTILE, "a\x1b[31mb", "\udce9\u202egnp")),
+    "filtered": report(filtered=True),
+    "filtered, hostile names, no masks": report((HOSTILE, "a"), masks=False, filtered=True),
     "unicode": report(("Flüssigkeit ≥ 5 µm", "漢字部品", "🔩")),
 }
 
@@ -330,6 +344,31 @@ def test_broken_promise_is_said() -> None:
     first, second = words.promise_sentences([kept, few, many])
     assert first.startswith("More false alarms than promised in 2 of 3 categories: many (30 of 40")
     assert second.startswith("Chance does not explain many (chance brings as many in less than")
+
+
+def test_parts_of_a_filtered_run_stand_side_by_side() -> None:
+    content = report(FIFTEEN[:3], filtered=True)
+    parts = parts_table(content)
+    assert parts is not None and content.parts is not None
+    assert [column.full for column in parts.columns] == ["Image AUROC", "Pixel AP", "Pixel AUPRO"]
+    assert [row.name for row in parts.rows] == [*FIFTEEN[:3], "Mean of categories"]
+    for i, row in enumerate(parts.rows[:3]):
+        three = (content.parts.host[i], content.parts.filter[i], content.categories[i])
+        expected = [f"{100 * c.metrics['image_auroc'].value:.1f}" for c in three]
+        assert [cell.text for cell in row.cells[:3]] == expected
+    html = render_report(content)
+    page = Page(html)
+    assert "0.25 of the map is the filter's" in page.text
+    assert page.text.count("detector alone") == page.text.count("with the filter") == 3
+    section = html[html.index('<h2 id="filter">') : html.index('<h2 id="curves">')]
+    assert section.count("<svg") == 6
+    assert "with and without the filter" in table(content)
+    for plain in (render_report(report()), table(report())):
+        assert "with and without the filter" not in plain.lower()
+    assert parts_table(report()) is None
+    no_masks = parts_table(report(masks=False, filtered=True))
+    assert no_masks is not None
+    assert [column.full for column in no_masks.columns] == ["Image AUROC"]
 
 
 def test_rates_never_round_to_all_or_nothing() -> None:

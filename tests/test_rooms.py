@@ -22,8 +22,8 @@ ROOMS = {
     "layers": {"types", "scoring"},
     "detectors": {"types", "encoders", "layers", "scoring"},
     "official": {"types", "encoders", "detectors"},
-    "costfilter": {"types", "layers", "scoring"},
     "metrics": {"types"},
+    "costfilter": {"types", "layers", "scoring", "metrics"},
     "evaluation": {"types", "metrics"},
     "calibration": {"types"},
     "runs": {"types", "allgood"},
@@ -56,8 +56,9 @@ DOORS = {
         *("ignored", "own_state", "training", "inference", "calibrating", "learning"),
     },
     "converting": {
-        *("types", "data", "encoders", "detectors", "official", "runs", "progress"),
-        *("unfinished", "own_state", "pictures", "inference", "learning"),
+        *("types", "data", "encoders", "detectors", "official", "costfilter", "recipes"),
+        *("runs", "progress", "unfinished", "own_state", "ignored", "pictures"),
+        *("inference", "learning"),
     },
     "evaluating": {
         *("types", "scoring", "data", "metrics", "evaluation", "calibration", "runs"),

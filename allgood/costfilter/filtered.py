@@ -14,7 +14,7 @@ Letters: B images, N templates, L levels, K categories, C channels, h w grid, S 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -29,13 +29,20 @@ from allgood.costfilter.network import (
     small,
 )
 from allgood.costfilter.volume import (
+    Comparison,
     VolumeConfig,
     compare,
     initial_map,
     resize_aligned,
     spread_over_stages,
 )
-from allgood.scoring import hidden_pixels, top_fraction_mean
+from allgood.scoring import (
+    gaussian_smooth,
+    hidden_patches,
+    hidden_pixels,
+    resize_map,
+    top_fraction_mean,
+)
 from allgood.types import InputError, Match, Prediction, TrainingBatch
 
 SHARES = (0.5, 0.995)
@@ -44,6 +51,8 @@ SHARES = (0.5, 0.995)
 
 @dataclass(frozen=True)
 class FilterConfig:
+    """What a filter is; the settings below `gamma` serve what was published: docs/costfilter.md."""
+
     size: Literal["small", "full"] = "small"
     """`full` is the paper's network, for GPUs; `small` trains on a CPU in minutes, and is not."""
     templates: Literal["match", "good"] = "match"
@@ -54,17 +63,58 @@ class FilterConfig:
     fusion: float = 0.5
     """lambda: the filter's share of the map; 0 is the host alone, 1 the filter alone."""
     top_fraction: float = 0.0038
-    """Share of the map's highest pixels averaged into image_score: 250 of 256 x 256."""
+    """Share of the map's highest pixels averaged into image_score: about 250 of 256 x 256."""
     gamma: Literal["slides", "reference", "constant"] = "slides"
     """Rule of the focal loss's exponent."""
+    hard_categories: tuple[str, ...] = ()
+    """With gamma `reference`: pictures predicted as one of these always get 3.5."""
+    ssim: float = 0.1
+    """Weight of the SSIM term."""
+    mask_side: int = 128
+    """Side of the masks, and of the maps, in the loss."""
+    classes: int | None = None
+    """Outputs of the class head, at least one per category; None: as many."""
+    stem: int | None = None
+    """Outputs of the first layer; None: 64 of a `small` network, 192 of a `full` one."""
+    head: Literal["opposite", "kaiming"] = "opposite"
+    """Start of the two last weights, see `NetworkConfig.head`."""
+    split: tuple[int, ...] = ()
+    """Channels of the parts into which a host's only level is cut; they then are the levels."""
+    top_k: int | None = None
+    """Only so many least costs of each position stay in the volume; None: all."""
+    orientation: Literal["input", "reference"] = "input"
+    """Whose positions lie on the map's height and width, see `VolumeConfig.orientation`."""
+    align_corners: bool = True
+    """Of the resize to the filter's grid."""
+    spatial: Literal["query", "template"] = "query"
+    """Which features guide: those of the image, or those that the host rebuilt of it."""
+    matching: Literal["levels_and_host", "levels", "host", "hvq", "hvq_ot"] = "levels_and_host"
+    """What else guides: each level's least cost and the host's map; the least costs alone; the
+    host's map in the place of every level; or the first level's least cost mixed with it, as the
+    authors do for HVQ-Trans without and with its transport score."""
+    host: Literal["scaled", "raw", "least_cost"] = "scaled"
+    """H of the fusion: on the scale of good pictures; as it is; or the mean of the least costs."""
+    host_sigma: float = 0.0
+    """Of a Gaussian on H, in pixels of the input; where H is `scaled`, the host's own is used."""
+    map_sigma: float = 0.0
+    """Of a Gaussian on the fused map, in its pixels."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.fusion <= 1:
             raise InputError(f"fusion must be in [0, 1], got {self.fusion}")
         if not 0 < self.top_fraction <= 1:
             raise InputError(f"top_fraction must be in (0, 1], got {self.top_fraction}")
-        if self.num_templates < 1:
-            raise InputError(f"num_templates must be at least 1, got {self.num_templates}")
+        for name in ("num_templates", "mask_side", "stem", "classes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        for name in ("host_sigma", "map_sigma"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.spatial == "template" and self.templates == "good":
+            raise InputError(
+                "spatial=template needs one rebuilt template: leave out templates=good"
+            )
 
 
 @dataclass(frozen=True)
@@ -74,6 +124,10 @@ class Maps:
     host: Tensor
     filter: Tensor
     fused: Tensor
+
+    def side_by_side(self) -> Tensor:
+        """(B, 3, H, W): fused, host, filter."""
+        return torch.cat([self.fused, self.host, self.filter], dim=1)
 
 
 class FilteredDetector(nn.Module):
@@ -90,32 +144,49 @@ class FilteredDetector(nn.Module):
         """
         Args:
             host: a fitted detector.
-            channels, grid: C of each of the L levels of its matches, and the grid of the first.
+            channels, grid: C of each of the L levels of its matches, and the grid on which they
+                are compared, see `shape_of_match` and `volume_grid`.
         """
         super().__init__()
         self.config = config
         self.host = host.eval().requires_grad_(False)
         self.categories: tuple[str, ...] = host.categories
-        self.encoding = f"match, {config.templates}"
+        self.encoding = f"match, {config.templates}; host map on {grid[0]} x {grid[1]}"
         self.own_templates = config.templates == "good"
-        levels = len(channels)
-        self.volume = VolumeConfig(grid, config.num_templates if self.own_templates else 1)
+        self.host_levels = len(channels)
+        widths = _split_widths(channels, config.split)
+        levels = len(widths)
+        self.volume = VolumeConfig(
+            grid,
+            config.num_templates if self.own_templates else 1,
+            mode="concat" if config.top_k is None else "topk",
+            top_k=config.top_k,
+            orientation=config.orientation,
+        )
+        classes = config.classes or len(self.categories)
+        if classes < len(self.categories):
+            raise InputError(
+                f"classes must be at least {len(self.categories)}, one per category, got {classes}"
+            )
         network = NetworkConfig(
             channels=self.volume.channels,
             levels=levels,
             guidance=(
-                channels[0],
-                channels[levels // 4],
-                channels[2 * levels // 4],
-                channels[3 * levels // 4],
+                widths[0],
+                widths[levels // 4],
+                widths[2 * levels // 4],
+                widths[3 * levels // 4],
             ),
-            matching=levels + 1,
-            classes=len(self.categories),
-            head="opposite",
+            matching=levels + (config.matching == "levels_and_host"),
+            classes=classes,
+            align_corners=config.align_corners,
+            head=config.head,
         )
-        self.network = CostFilterNetwork(
-            small(network) if config.size == "small" else network, seed
-        )
+        if config.size == "small":
+            network = small(network)
+        if config.stem is not None:
+            network = replace(network, stem=config.stem)
+        self.network = CostFilterNetwork(network, seed)
         self._folded: list[CostFilterNetwork] = []  # in a list it is no part of the state
         self.good_range: Tensor
         # (K, 2): the host's map at SHARES of each category's good pixels.
@@ -135,7 +206,13 @@ class FilteredDetector(nn.Module):
             getattr(self, f"template_{i}").copy_(resize_aligned(level, self.volume.grid))
 
     def encode(
-        self, image: Tensor, mask: Tensor, category: Tensor, image_number: Tensor
+        self,
+        image: Tensor,
+        mask: Tensor,
+        category: Tensor,
+        image_number: Tensor,
+        *,
+        whole: bool = False,
     ) -> tuple[Tensor, ...]:
         """What the frozen host says of images with painted anomalies.
 
@@ -144,19 +221,26 @@ class FilteredDetector(nn.Module):
             mask: (B, 1, E, E') what was painted, {0, 1}.
             category: (B,) int64.
             image_number: as in `Detector.match`.
+            whole: keep a host_map that is finer than the volume's grid, up to the size of the
+                image, as `maps` wants it; training reads it on that grid.
 
         Returns:
-            query levels, template levels where the match brings them, host_map, mask.
+            query levels, template levels where the match brings them, host_map in two parts (see
+            `_parted`), mask.
         """
         match = self.host.match(image, category, image_number=image_number)
         templates = [] if self.own_templates else match.template
-        return (*match.query, *templates, match.host_map, mask.float())
+        host_map, grid = match.host_map.float(), self.volume.grid
+        if not whole and host_map[0].numel() > grid[0] * grid[1]:
+            host_map = resize_aligned(host_map, grid)
+        return (*match.query, *templates, *_parted(host_map), mask.float())
 
     def prepare(self, batches: Iterable[TrainingBatch]) -> None:
         """Put the host's map of every category on a scale of its good pictures."""
         values: list[list[Tensor]] = [[] for _ in self.categories]
         for batch in batches:
-            *_, host_map, mask = batch.features
+            *_, scaled, exponent, mask = batch.features
+            host_map = _joined(scaled, exponent)
             for i, index in enumerate(batch.category.tolist()):
                 if not mask[i].any():
                     values[index].append(host_map[i].flatten())
@@ -166,13 +250,18 @@ class FilteredDetector(nn.Module):
                 shares = torch.tensor(SHARES, dtype=torch.float64, device=pixels.device)
                 self.good_range[index] = _quantiles(pixels, shares).float()
 
+    def match_of(self, batch: TrainingBatch) -> tuple[Match, Tensor]:
+        """What the host said of drawings, and their masks (B, 1, E, E')."""
+        *levels, scaled, exponent, mask = batch.features
+        query, rest = levels[: self.host_levels], levels[self.host_levels :]
+        templates = self._templates(batch.category) if self.own_templates else rest
+        return Match(query, templates, _joined(scaled, exponent), batch.category), mask
+
     def training_loss(self, batch: TrainingBatch, step: int) -> Tensor:
-        *levels, host_map, mask = batch.features
-        count = len(levels) if self.own_templates else len(levels) // 2
-        templates = self._templates(batch.category) if self.own_templates else levels[count:]
-        match = Match(levels[:count], templates, host_map, batch.category)
+        match, mask = self.match_of(batch)
         logits, classes = self._logits(match, self.network, with_classes=True)
-        loss = LossConfig(gamma=self.config.gamma)
+        hard = [i for i, name in enumerate(self.categories) if name in self.config.hard_categories]
+        loss = LossConfig(gamma=self.config.gamma, hard_classes=tuple(hard), ssim=self.config.ssim)
         return filter_loss(logits, classes, mask > 0.5, batch.category, loss)
 
     # -- judging -----------------------------------------------------------------------------------
@@ -198,13 +287,26 @@ class FilteredDetector(nn.Module):
         ignore: Tensor | None = None,
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
+        parts = self.predict_parts(image, category, ignore=ignore, map_size=map_size)
+        return Prediction(parts.anomaly_map[:, :1], parts.image_score[:, 0], parts.category)
+
+    def predict_parts(
+        self,
+        image: Tensor,
+        category: Tensor | None = None,
+        *,
+        ignore: Tensor | None = None,
+        map_size: tuple[int, int] | None = None,
+    ) -> Prediction:
+        """As `predict`, with what it is made of beside it: `anomaly_map` (B, 3, H, W) and
+        `image_score` (B, 3) of the fused map, the host's and the filter's, scored alike."""
         size = (image.shape[-2], image.shape[-1])
         match = self.match(image, category)
-        maps = self.maps(match, size, ignore=ignore, map_size=size)
-        score = top_fraction_mean(maps.fused, self.config.top_fraction)
+        maps = self.maps(match, size, ignore=ignore).side_by_side()
+        score = top_fraction_mean(maps.flatten(0, 1), self.config.top_fraction)
         if map_size is not None and map_size != size:
-            maps = self.maps(match, size, ignore=ignore, map_size=map_size)
-        return Prediction(maps.fused, score, match.category)
+            maps = self.maps(match, size, ignore=ignore, map_size=map_size).side_by_side()
+        return Prediction(maps, score.unflatten(0, (-1, maps.shape[1])), match.category)
 
     def anomaly_map(
         self,
@@ -225,20 +327,41 @@ class FilteredDetector(nn.Module):
         ignore: Tensor | None = None,
         map_size: tuple[int, int] | None = None,
     ) -> Maps:
-        """The host's map on the scale of good pictures, the filter's, and both together."""
+        """The host's map as it enters the fusion, the filter's, and both together."""
         size = map_size or image_size
+        # Published fusions meet at the input's size; only then are they resized.
+        meet = size if self.config.host == "scaled" else image_size
         network = self._folded[0] if self._folded else self.network
-        logits, _ = self._logits(match, network)
-        probability = resize_aligned(anomaly_probability(logits), size)
-        host_map = self.host.anomaly_map(match.host_map, image_size, ignore=ignore, map_size=size)
-        host_map = self._on_scale(host_map, match.category)
-        share = self.config.fusion
-        fused = share * probability + (1 - share) * host_map
+        logits, _ = self._logits(match, network, image_size=image_size)
+        probability = resize_aligned(anomaly_probability(logits), meet)
+        if self.config.host == "scaled":
+            host_map = self.host.anomaly_map(
+                match.host_map, image_size, ignore=ignore, map_size=size
+            )
+            host_map = self._on_scale(host_map, match.category)
+        else:
+            raw = match.host_map if self.config.host == "raw" else self.least_cost(match)
+            host_map = resize_aligned(hidden_patches(raw.float(), ignore), meet)
+            host_map = gaussian_smooth(host_map, self.config.host_sigma)
+        fused = self.fuse(host_map, probability, self.config.fusion)
         return Maps(
-            hidden_pixels(host_map, ignore),
-            hidden_pixels(probability, ignore),
-            hidden_pixels(fused, ignore),
+            *(
+                hidden_pixels(resize_map(one, size), ignore)
+                for one in (host_map, probability, fused)
+            )
         )
+
+    def fuse(self, host_map: Tensor, probability: Tensor, share: float) -> Tensor:
+        """lambda P + (1 - lambda) H, for `share` = lambda."""
+        fused = share * probability + (1 - share) * host_map
+        return gaussian_smooth(fused, self.config.map_sigma)
+
+    def least_cost(self, match: Match) -> Tensor:
+        """What the filter starts from, the volume's minimum averaged over levels: (B, 1, h, w)."""
+        comparison = compare(
+            self._split(match.query, 1), self._split(match.template, 2), self.volume
+        )
+        return initial_map(comparison).mean(dim=1, keepdim=True)
 
     def train(self, mode: bool = True) -> FilteredDetector:
         """The host stays in evaluation mode; for inference the network's norms are folded."""
@@ -248,15 +371,54 @@ class FilteredDetector(nn.Module):
         return self
 
     def _logits(
-        self, match: Match, network: CostFilterNetwork, *, with_classes: bool = False
+        self,
+        match: Match,
+        network: CostFilterNetwork,
+        *,
+        with_classes: bool = False,
+        image_size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        comparison = compare(match.query, match.template, self.volume)
-        matching = initial_map(comparison)  # (B, L, h, w)
-        host_map = self._on_scale(match.host_map, match.category)
-        host_map = resize_aligned(host_map, (matching.shape[-2], matching.shape[-1]))
-        guidance = torch.cat([matching, host_map], dim=1)
-        spatial = spread_over_stages(match.query)
+        query, template = self._split(match.query, 1), self._split(match.template, 2)
+        comparison = compare(query, template, self.volume)
+        guidance = self._guidance(comparison, match, image_size)
+        rebuilt = self.config.spatial == "template"
+        spatial = spread_over_stages([t[:, 0] for t in template] if rebuilt else query)
         return network(comparison, spatial, guidance, with_classes=with_classes)
+
+    def _guidance(
+        self, comparison: Comparison, match: Match, image_size: tuple[int, int] | None
+    ) -> Tensor:
+        """The matching guidance: (B, L or L + 1, h, w).
+
+        Args:
+            image_size: of the images that are judged; None in training, where the authors mix and
+                resize the host's map otherwise.
+        """
+        mode, levels, grid = self.config.matching, len(comparison.levels), self.volume.grid
+        if mode == "host":
+            host_map = match.host_map.float()
+            if image_size is not None:
+                host_map = resize_aligned(host_map, image_size)
+            return host_map.expand(-1, levels, -1, -1)
+        matching = initial_map(comparison)  # (B, L, h, w)
+        if mode == "levels":
+            return matching
+        if mode == "levels_and_host":
+            host_map = resize_aligned(match.host_map.float(), grid)
+            return torch.cat([matching, self._on_scale(host_map, match.category)], dim=1)
+        host_map = 0.1 * resize_aligned(match.host_map.float(), grid)
+        first = matching.mean(dim=1, keepdim=True)
+        if mode == "hvq":
+            first = first + host_map / 170
+        else:
+            first = (first + host_map) / (70 if image_size is None else 40)
+        return torch.cat([first, matching[:, 1:]], dim=1)
+
+    def _split(self, levels: list[Tensor], dim: int) -> list[Tensor]:
+        """The host's levels, or its only one cut into `split`."""
+        if not self.config.split:
+            return levels
+        return list(levels[0].split(self.config.split, dim=dim))
 
     def _on_scale(self, host_map: Tensor, category: Tensor) -> Tensor:
         """H': 0 and 0.5 where the category's good pixels have their SHARES; not below 0."""
@@ -266,7 +428,56 @@ class FilteredDetector(nn.Module):
         return scaled.clamp(min=0)
 
     def _templates(self, category: Tensor) -> list[Tensor]:
-        return [getattr(self, f"template_{i}")[category] for i in range(self.network.config.levels)]
+        return [getattr(self, f"template_{i}")[category] for i in range(self.host_levels)]
+
+
+def shape_of_match(
+    detector: Any, image_size: tuple[int, int], device: torch.device
+) -> tuple[list[int], tuple[int, int]]:
+    """Channels of each level of a detector's matches, and the grid of the first."""
+    image = torch.zeros(1, 3, *image_size, device=device)
+    category = torch.zeros(1, dtype=torch.int64, device=device)
+    with torch.inference_mode():
+        query = detector.match(image, category).query
+    return [level.shape[1] for level in query], (query[0].shape[-2], query[0].shape[-1])
+
+
+def volume_grid(config: FilterConfig, grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid on which matches of this grid are compared: never finer than the network's own.
+
+    Beyond it the cost of comparing grows with the square of the positions, and the network's first
+    resize drops them again.
+    """
+    network = NetworkConfig(channels=1, levels=1, guidance=(1, 1, 1, 1))  # whatever it filters
+    side = (small(network) if config.size == "small" else network).side
+    return min(grid[0], side), min(grid[1], side)
+
+
+def _parted(host_map: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1, h, w) -> the maps with their largest values in [0.5, 1), and the powers of two (B, 1)
+    by which they were divided.
+
+    A feature cache rounds to float16, and a product of small distances (UniAS) is less than the
+    least that float16 holds.
+    """
+    exponent = torch.frexp(host_map.flatten(1).amax(dim=1, keepdim=True)).exponent.float()
+    return torch.ldexp(host_map, -exponent[:, :, None, None]), exponent
+
+
+def _joined(scaled: Tensor, exponent: Tensor) -> Tensor:
+    """What `_parted` was given, but for the rounding of a cache."""
+    return torch.ldexp(scaled, exponent[:, :, None, None])
+
+
+def _split_widths(channels: Sequence[int], split: tuple[int, ...]) -> list[int]:
+    """Channels of the levels that are compared."""
+    if split and (len(channels) != 1 or sum(split) != channels[0]):
+        given = ", ".join(map(str, channels))
+        raise InputError(
+            f"split cuts one level of {sum(split)} channels, but the detector's matches have "
+            f"{given}: fit it on the encoder and levels that the filter is for, or set split"
+        )
+    return list(split or channels)
 
 
 def _quantiles(values: Tensor, shares: Tensor) -> Tensor:

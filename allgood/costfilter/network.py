@@ -15,8 +15,7 @@ b width, C channels, h w grid of features.
 """
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -366,71 +365,6 @@ def fold(network: CostFilterNetwork) -> CostFilterNetwork:
             conv.bias.copy_((conv.bias - mean) * scale + norm.bias)
             module.norm = nn.Identity()
     return folded
-
-
-_OFFICIAL = (
-    (r"^stem(\d)", r"encoder_segment.down_channel\1"),
-    (r"^encoder\.(\d)", lambda m: f"encoder_segment.block{int(m[1]) + 1}"),
-    (r"^spatial\.(\d)", lambda m: f"encoder_segment.dino_proc{STAGES[int(m[1])] + 1}"),
-    (r"^matching\.(\d)", lambda m: f"encoder_segment.min_sim_proc{STAGES[int(m[1])] + 1}"),
-    (r"^fuse\.(\d)\.attention", lambda m: f"encoder_segment.cbam_fusion{STAGES[int(m[1])] + 1}"),
-    (r"^fuse\.(\d)", lambda m: f"encoder_segment.cbam_fusion{STAGES[int(m[1])] + 1}"),
-    (r"^bridge", "decoder_segment.db_b"),
-    (r"^decoder\.(\d)\.up", lambda m: f"decoder_segment.up{int(m[1]) + 1}"),
-    (r"^decoder\.(\d)\.block", lambda m: f"decoder_segment.db{int(m[1]) + 1}"),
-    (r"^decoder\.(\d)\.attention", lambda m: f"decoder_segment.db{int(m[1]) + 1}.cbam"),
-    (r"^collapse\.", "decoder_segment.conv1."),
-    (r"^collapse_attention", "decoder_segment.channel_attention_seg"),
-    (r"^head", "decoder_segment.conv2d_1to2"),
-    (r"^class_head\.attention", "decoder_segment.channel_attention_cls"),
-    (r"^class_head\.conv", "decoder_segment.classifier.0"),
-    (r"^class_head\.linear", "decoder_segment.classifier.4"),
-    (r"(block\d|db\d|db_b)\.([01])\.conv", lambda m: f"{m[1]}.conv{int(m[2]) + 1}"),
-    (r"(block\d|db\d|db_b)\.([01])\.norm", lambda m: f"{m[1]}.bn{int(m[2]) + 1}"),
-    (r"reduce\.conv", "conv3d"),
-    (r"smooth\.conv", "depth_conv"),
-    (r"smooth\.norm", "bn2"),
-    (r"merge\.conv", "conv1x1"),
-    (r"merge\.norm", "bn1"),
-    (r"(reduce\.)?norm", "bn"),
-    (r"(fusion\d|cbam)\.channel", r"\1.channel_attention"),
-    (r"(fusion\d|cbam)\.spatial", r"\1.spatial_attention.conv"),
-    (r"squeeze", "fc1"),
-    (r"expand", "fc2"),
-)
-"""Our name -> the authors', one replacement after the other."""
-
-UNUSED = re.compile(r"^decoder_segment\.conv2\.")
-"""A layer of 866 parameters that the authors declare, save and never run."""
-
-
-def official_name(name: str) -> str:
-    """What the authors call this entry of our state dict."""
-    for pattern, official in _OFFICIAL:
-        name = re.sub(pattern, official, name)
-    return name
-
-
-def from_official(network: CostFilterNetwork, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' `model_state_dict` under our names, for `network.load_state_dict`.
-
-    Raises:
-        InputError: it is not, to the last name and shape, a filter of this configuration.
-    """
-    wanted = {
-        official_name(name): (name, value.shape) for name, value in network.state_dict().items()
-    }
-    given = {name: value for name, value in state.items() if not UNUSED.match(name)}
-    if wanted.keys() != given.keys():
-        odd = sorted(wanted.keys() ^ given.keys())
-        raise InputError(f"not a CostFilter network of this configuration: {odd[0]} of {len(odd)}")
-    for official, (_, shape) in wanted.items():
-        if given[official].shape != shape:
-            raise InputError(
-                f"{official} is {tuple(given[official].shape)} where this configuration has "
-                f"{tuple(shape)}: the positions, levels, guidance or classes differ"
-            )
-    return {name: given[official] for official, (name, _) in wanted.items()}
 
 
 def _initialise(module: nn.Module) -> None:

@@ -5,7 +5,9 @@ roots and checks the whole. The manifest has its own file, `allgood.data.manifes
 """
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -138,6 +140,90 @@ def read_good_folder(root: Path | str, *, categories_from_folders: bool = False)
 
 # -- data sets with a layout of their own --------------------------------------------------------
 
+GOODSAD_CATEGORIES = frozenset(
+    {"cigarette_box", "drink_bottle", "drink_can", "food_bottle", "food_box", "food_package"}
+)
+_GOODSAD_STEM = re.compile(r"\d{6}")
+"""Three digits of the product, three of its picture."""
+
+
+def is_goodsad(folder: Path) -> bool:
+    """Whether a folder is a category of GoodsAD, or holds nothing but such."""
+    return all(map(_is_goodsad_category, _mvtec_folders(folder) or [folder]))
+
+
+def _is_goodsad_category(folder: Path) -> bool:
+    if category_name(folder) not in GOODSAD_CATEGORIES or not is_mvtec_category(folder):
+        return False
+    train = child_named(folder, ["train"])
+    good = good_child(train) if train else None
+    first = pictures_below(good)[:1] if good else []
+    return any(_GOODSAD_STEM.fullmatch(path.stem) for path in first)
+
+
+def read_goodsad(root: Path | str) -> list[Sample]:
+    """GoodsAD: the MVTec layout, where `012345` is picture 345 of product 012 (`meta`).
+
+    Raises:
+        InputError: as `read_mvtec`, or a defective picture without a mask.
+    """
+    samples = []
+    for sample in read_mvtec(root):
+        if not sample.is_good and not sample.mask_paths:
+            raise InputError(
+                f"{shown(sample.path)}: has no mask of the same name in ground_truth, as all "
+                "defective pictures of GoodsAD have; complete the copy, or read it with "
+                "--layout mvtec"
+            )
+        stem = sample.path.stem
+        known = _GOODSAD_STEM.fullmatch(stem)
+        samples.append(replace(sample, meta={"product": stem[:3]}) if known else sample)
+    return samples
+
+
+AEBAD_DOMAINS = frozenset({"same", "background", "illumination", "view"})
+
+
+def aebad_folder(root: Path | str) -> Path | None:
+    """The folder of AeBAD-S: `root` itself, or AeBAD_S in it (AeBAD_V has no masks); or None."""
+    root = Path(root)
+    for folder in (root, child_named(root, ["aebad_s"])):
+        test = child_named(folder, ["test"]) if folder and is_mvtec_category(folder) else None
+        good = good_child(test) if test else None
+        if good and {child.name for child in folders_in(good)} & AEBAD_DOMAINS:
+            return folder
+    return None
+
+
+def read_aebad(root: Path | str) -> list[Sample]:
+    """AeBAD-S: the MVTec layout with a folder per domain inside good and defect folders.
+
+    One category to learn; `meta["domain"]` parts its test pictures by what has shifted: nothing
+    (same), background, illumination or view.
+
+    Raises:
+        InputError: no such folder, as `read_mvtec`, or pictures outside the domains.
+    """
+    folder = aebad_folder(root)
+    if folder is None:
+        raise InputError(
+            f"{shown(root)}: has no test/good with folders {', '.join(sorted(AEBAD_DOMAINS))}; "
+            "name the folder AeBAD_S"
+        )
+    samples = []
+    for sample in read_mvtec(folder):
+        kind, *domain, _ = sample.path.relative_to(folder).parts[1:]
+        if len(domain) != 1:
+            raise InputError(
+                f"{shown(sample.path)}: lies in no domain, as AeBAD-S has them; "
+                f"move it into a folder of '{kind}'"
+            )
+        samples.append(
+            replace(sample, id=relative_id(sample.path, Path(root)), meta={"domain": domain[0]})
+        )
+    return samples
+
+
 MTD_MASK_THRESHOLD = 128
 """MTD's masks have soft edges and specks; > 0 would triple the regions of MT_Break."""
 
@@ -249,6 +335,10 @@ def _elpv_row(line: str, row: int, folder: Path) -> tuple[str, float, str]:
 
 
 # -- shared --------------------------------------------------------------------------------------
+
+
+def _mvtec_folders(root: Path) -> list[Path]:
+    return [child for child in folders_in(root) if is_mvtec_category(child)]
 
 
 def _categories(root: Path, is_category: Callable[[Path], bool], landmark: str) -> list[Path]:

@@ -20,12 +20,16 @@ from allgood.data.files import (
 )
 from allgood.data.images import shown
 from allgood.data.layouts import (
+    aebad_folder,
     elpv_folder,
     is_good_and_bad_category,
+    is_goodsad,
     is_mvtec_category,
+    read_aebad,
     read_elpv,
     read_good_and_bad,
     read_good_folder,
+    read_goodsad,
     read_mtd,
     read_mvtec,
 )
@@ -61,6 +65,16 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "manifest": Layout(
         "a .csv, .tsv, .json or .jsonl file with one row per picture", read_manifest, False
+    ),
+    "goodsad": Layout(
+        "GoodsAD: cigarette_box, drink_bottle, ... as in mvtec, pictures named by six digits",
+        read_goodsad,
+        has_split=True,
+    ),
+    "aebad": Layout(
+        "AeBAD-S: as mvtec, with a folder same, background, illumination, view in each kind",
+        read_aebad,
+        has_split=True,
     ),
     "mtd": Layout(
         "magnetic tiles as published: MT_Free/Imgs, MT_Crack/Imgs, ...", read_mtd, has_split=False
@@ -142,7 +156,20 @@ class Dataset:
                 f"test {counts['test']} good + {counts['defective']} defective "
                 f"({masked} with a mask)"
             )
+            lines += self._domains(category)
         return "\n".join(lines)
+
+    def _domains(self, category: str) -> list[str]:
+        """One line per domain of a category whose test pictures name theirs."""
+        counts = Counter(
+            (sample.meta["domain"], _kind(sample))
+            for sample in self.test
+            if sample.category == category and "domain" in sample.meta
+        )
+        return [
+            f"    {domain}: {counts[domain, 'test']} good + {counts[domain, 'defective']} defective"
+            for domain in sorted({domain for domain, _ in counts})
+        ]
 
 
 def read_data(
@@ -218,6 +245,10 @@ def detect_layout(root: str | Path) -> str:
                 f"{shown(root)}: looks like {name}, whose own layout has no reader yet; "
                 "write a manifest, or force one with --layout"
             )
+    if aebad_folder(folder):
+        return "aebad"
+    if is_goodsad(folder):
+        return "goodsad"
     children = folders_in(folder)
     if is_mvtec_category(folder) or any(map(is_mvtec_category, children)):
         return "mvtec"

@@ -37,6 +37,36 @@ DETECTORS = {
         "Dinomaly",
         "noisy bottleneck and linear-attention decoder on a ViT (Guo et al., CVPR 2025)",
     ),
+    "rd4ad": Entry(
+        "allgood.detectors.rd4ad",
+        "RD4ADConfig",
+        "RD4AD",
+        "one-class embedding and mirrored decoder of a CNN (Deng and Li, CVPR 2022)",
+    ),
+    "uniad": Entry(
+        "allgood.detectors.uniad",
+        "UniADConfig",
+        "UniAD",
+        "neighbour-masked transformer on jittered CNN features (You et al., NeurIPS 2022)",
+    ),
+    "hvqtrans": Entry(
+        "allgood.detectors.hvqtrans",
+        "HVQTransConfig",
+        "HVQTrans",
+        "transformer on normal codes of each category (Lu et al., NeurIPS 2023)",
+    ),
+    "unias": Entry(
+        "allgood.detectors.unias",
+        "UniASConfig",
+        "UniAS",
+        "levels rebuilt coarse to fine, their maps multiplied (Ma et al., WACV 2025)",
+    ),
+    "minimaxad": Entry(
+        "allgood.detectors.minimaxad",
+        "MiniMaxADConfig",
+        "MiniMaxAD",
+        "small autoencoder of large kernels, trained on what it does worst (Wang et al., 2024)",
+    ),
 }
 
 

@@ -23,6 +23,7 @@ from allgood.encoders.frozen import FrozenEncoder
 from allgood.encoders.tiled import Encoder
 from allgood.layers.attention import linear_attention, neighbour_mask, softmax_attention
 from allgood.layers.categories import CategoryReferences, global_feature
+from allgood.layers.cosine import cosine_distance
 from allgood.layers.tokens import feature_jitter
 from allgood.scoring import gaussian_kernel, hidden_patches, hidden_pixels, top_fraction_mean
 from allgood.types import InputError, Match, Prediction, TrainingBatch
@@ -146,11 +147,10 @@ class Dinomaly(nn.Module):
         return [_mean(layers) for layers in _chunks(outputs[::-1], self.num_groups)]
 
     def prepare(self, batches: Iterable[TrainingBatch]) -> None:
-        features, category = [], []
-        for batch in batches:
-            features.append(global_feature([self._patches(batch.features[-1])]))
-            category.append(batch.category)
-        self.references.fit(torch.cat(features), torch.cat(category))
+        self.references.fit_batches(
+            (global_feature([self._patches(batch.features[-1])]), batch.category)
+            for batch in batches
+        )
 
     def training_loss(self, batch: TrainingBatch, step: int) -> Tensor:
         prefix = self.encoder.num_prefix
@@ -323,11 +323,6 @@ class ConvMixer(nn.Module):
         patches = x[:, num_prefix:].transpose(1, 2).unflatten(2, grid)
         mixed = self.reduce(self.depthwise(F.gelu(self.expand(patches))))
         return F.pad(mixed.flatten(2).transpose(1, 2), (0, 0, num_prefix, 0))
-
-
-def cosine_distance(a: Tensor, b: Tensor, *, dim: int = -1) -> Tensor:
-    """1 - cos(a, b) along `dim`, in float32; in [0, 2]."""
-    return 1 - F.cosine_similarity(a.float(), b.float(), dim=dim, eps=1e-8)
 
 
 def loose_loss(

@@ -12,6 +12,7 @@ RECOMMENDED = {
     "vit_small_patch14_dinov2.lvd142m": "DINOv2, small: AnomalyDINO's (hub)",
     "wide_resnet50_2.tv_in1k": "WideResNet-50-2 of torchvision: PatchCore's (hub)",
     "tf_efficientnet_b4.aa_in1k": "EfficientNet-B4: UniAD's and UniAS's (hub)",
+    "unireplknet_n": "UniRepLKNet-N, not in timm: MiniMaxAD's (hub)",
     "any other timm backbone": "by its timm name; weights from the hub, a local file, or random",
 }
 """Name, as `--encoder` takes it -> what it is."""

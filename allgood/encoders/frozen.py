@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -19,7 +19,7 @@ from timm.layers import LayerScale
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from allgood.encoders import lite0
+from allgood.encoders import efficientnet, lite0, unireplknet
 from allgood.types import InputError
 
 EMBEDDED = "efficientnet_lite0"
@@ -40,6 +40,9 @@ class EncoderConfig:
     tests), or a local .safetensors/.pth/.bin file."""
     norm: bool = False
     """Apply a ViT's final LayerNorm to the levels (AnomalyDINO does, Dinomaly does not)."""
+    reference_padding: bool = False
+    """Pad `tf_efficientnet_b4` as the authors of UniAD, UniAS and HVQ-Trans do; their checkpoints
+    want it."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,15 +92,16 @@ class FrozenEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-        # Everything behind the last level used goes, so that it costs neither time nor memory.
-        self.backbone.prune_intermediate_layers(
-            list(self.levels), prune_norm=not config.norm, prune_head=True
-        )
+        if config.reference_padding:
+            efficientnet.pad_as_the_reference(self.backbone, config.name)
+        _prune(self.backbone, self.levels, config.norm)
         self.num_prefix = int(getattr(self.backbone, "num_prefix_tokens", 0))
         self.digest = _digest(self.backbone.state_dict())
         self.requires_grad_(False)
         if self.is_vit:
             _fold_layer_scale(self.backbone)
+        if isinstance(self.backbone, unireplknet.UniRepLKNet):
+            unireplknet.merge(self.backbone)
         self.eval()
         self.to(memory_format=torch.channels_last)
         self._native_position: Tensor | None = None
@@ -238,8 +242,8 @@ def _create(config: EncoderConfig) -> Any:
     """The backbone with its weights, still whole."""
     name = lite0.ARCHITECTURE if config.name == EMBEDDED else config.name
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        known = [EMBEDDED, *timm.list_models()]
+    if architecture != unireplknet.NAME and not timm.is_model(architecture):
+        known = [EMBEDDED, unireplknet.NAME, *timm.list_models()]
         close = difflib.get_close_matches(config.name, known, n=1, cutoff=0.4)
         raise InputError(
             f"unknown encoder '{config.name}'"
@@ -274,23 +278,29 @@ def _create(config: EncoderConfig) -> Any:
             f"weights '{config.weights}' is neither 'pretrained', 'random' nor a file that exists"
         )
     try:
-        return _with_weights_of(name, path)
+        return _with_weights_of(name, path, config)
     except Exception as error:  # torch, safetensors and timm each have their own
         raise InputError(
             f"{path} does not hold the weights of encoder '{config.name}': {_reason(error)}"
         ) from error
 
 
-def _with_weights_of(name: str, path: Path) -> nn.Module:
+def _with_weights_of(name: str, path: Path, config: EncoderConfig) -> nn.Module:
     """The backbone with a file's weights, every one of them: timm alone would leave out silently.
 
-    The file is as timm or the architecture's authors save it, with any classifier or none.
+    The file is as timm or the architecture's authors save it, with any classifier or none, or as
+    the original PyTorch port of EfficientNet-B4 has it. It may end behind the last level read.
     """
+    if name == unireplknet.NAME:
+        return unireplknet.with_weights_of(path)
     # A pickle is read for its tensors only: it runs no code.
     state = load_state_dict(os.fspath(path), weights_only=True)
     if not state:
         raise ValueError("the file is empty")
-    source = {"state_dict": state, "custom_load": False}
+    architecture = name.partition(".")[0]
+    if architecture == efficientnet.B4 and efficientnet.is_original(state):
+        state = efficientnet.timm_state(state, efficientnet.B4_REPEATS)
+    source: dict[str, Any] = {"state_dict": state, "custom_load": False}
     try:
         # With the classifier of the published weights timm loads strictly.
         return _timm_model(name, num_classes=None, pretrained=True, pretrained_cfg_overlay=source)
@@ -302,10 +312,28 @@ def _with_weights_of(name: str, path: Path) -> nn.Module:
             key: value for key, value in state.items() if key.rpartition(".")[0] not in names
         }
         source |= {"num_classes": 0, "label_offset": 0}  # nothing is left out, so strictly again
+    try:
         return _timm_model(name, pretrained=True, pretrained_cfg_overlay=source)
+    except RuntimeError as error:
+        backbone: Any = _timm_model(name)
+        whole = backbone.state_dict().keys()
+        _prune(backbone, _checked_levels(config, backbone.feature_info), config.norm)
+        needed = backbone.state_dict().keys()
+        given = source["state_dict"]
+        if not needed <= given.keys() <= whole:
+            raise error
+        backbone.load_state_dict({key: given[key] for key in needed})
+        return cast(nn.Module, backbone)
+
+
+def _prune(backbone: Any, levels: Sequence[int], norm: bool) -> None:
+    """Everything behind the last level used goes, so that it costs neither time nor memory."""
+    backbone.prune_intermediate_layers(list(levels), prune_norm=not norm, prune_head=True)
 
 
 def _timm_model(name: str, *, num_classes: int | None = 0, **kwargs: Any) -> nn.Module:
+    if name == unireplknet.NAME:
+        return unireplknet.from_hub() if kwargs.get("pretrained") else unireplknet.UniRepLKNet()
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     if _is_dinov2(name):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from allgood.encoders import efficientnet
 from allgood.types import InputError
 
 ARCHITECTURE = "tf_efficientnet_lite0"
@@ -21,28 +22,6 @@ MEAN = STD = (0.5, 0.5, 0.5)
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 REPEATS = (1, 2, 2, 3, 3, 4, 1)
 """Blocks per stage; the file numbers its blocks 0..15 across stages."""
-
-_TOP = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-_EXPANDED = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-_PLAIN = {
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn1",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
 
 
 def load_state() -> dict[str, Tensor]:
@@ -67,15 +46,4 @@ def load_state() -> dict[str, Tensor]:
 
 def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """An original EfficientNet-Lite0 state dict under timm's names; no tensor is changed."""
-    stage_of = [(stage, index) for stage, count in enumerate(REPEATS) for index in range(count)]
-    renamed = {}
-    for name, tensor in state.items():
-        parts = name.split(".")
-        if parts[0] == "_blocks":
-            block, module, suffix = int(parts[1]), parts[2], parts[3]
-            names = _EXPANDED if f"_blocks.{block}._expand_conv.weight" in state else _PLAIN
-            stage, index = stage_of[block]
-            renamed[f"blocks.{stage}.{index}.{names[module]}.{suffix}"] = tensor
-        else:
-            renamed[f"{_TOP[parts[0]]}.{parts[1]}"] = tensor
-    return renamed
+    return efficientnet.timm_state(state, REPEATS)

@@ -111,6 +111,18 @@ class CategoryResult:
 
 
 @dataclass(frozen=True, eq=False)
+class Parts:
+    """What a run with a CostFilter is made of, measured on the same pictures as its results."""
+
+    host: Sequence[CategoryResult]
+    """The detector alone: its map as it enters the fusion, scored as the fused one; in the order
+    of the report's categories."""
+    filter: Sequence[CategoryResult]
+    fusion: float
+    """lambda: the filter's share of the fused map."""
+
+
+@dataclass(frozen=True, eq=False)
 class GalleryItem:
     """One test picture worth a look.
 
@@ -155,6 +167,8 @@ class ReportContent:
     """From `metrics.mean_over_categories`."""
     pooled: CategoryResult | None = None
     """All pictures under one threshold; left out of the page when there is one category."""
+    parts: Parts | None = None
+    """Of a run with a CostFilter."""
     protocol: Sequence[str] = ()
     """How it was measured, in whole sentences."""
     gallery: Sequence[GalleryItem] = ()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from allgood.evaluation import words
 from allgood.evaluation.content import ReportContent
-from allgood.metrics import Metric
+from allgood.metrics import Metric, mean_over_categories
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ METRICS = {
         "AUPRO",
         "How much of each defect is marked, small defects counting like large ones, averaged over "
         "pixel false-alarm rates up to the protocol's limit.",
+    ),
+    "aupro_per_image": MetricName(
+        "Pixel",
+        "AUPRO per image",
+        "The same of each defective picture alone, averaged; another and usually lower number.",
     ),
     "dsc": MetricName(
         "Pixel",
@@ -120,6 +125,39 @@ def metric_table(content: ReportContent) -> MetricTable:
     ]
     hidden = {n: _reasons(n, every) for n in measured if n not in shown}
     return MetricTable([_named(n) for n in shown], rows, notes, _left_out(hidden, measured))
+
+
+PART_METRICS = ("image_auroc", "pixel_ap", "aupro")
+PART_NAMES = ("detector", "filter", "both")
+
+
+@dataclass(frozen=True)
+class PartsTable:
+    """The detector, its filter and both beside each other."""
+
+    columns: list[MetricName]
+    """Each stands over one cell for every one of PART_NAMES."""
+    rows: list[MetricRow]
+
+
+def parts_table(content: ReportContent) -> PartsTable | None:
+    """One row per category, then the mean; None for a run without a filter."""
+    if content.parts is None:
+        return None
+    every = [content.parts.host, content.parts.filter, content.categories]
+    shown = [n for n in PART_METRICS if any(c.metrics[n].is_defined for c in content.categories)]
+    sources = [
+        (three[0].name, "category", [c.metrics for c in three])
+        for three in zip(*every, strict=True)
+    ]
+    if len(content.categories) > 1:
+        means = [mean_over_categories({c.name: c.metrics for c in part}) for part in every]
+        sources.append(("Mean of categories", "mean", means))
+    rows = [
+        MetricRow(name, kind, [_cell(metrics[n], []) for n in shown for metrics in three])
+        for name, kind, three in sources
+    ]
+    return PartsTable([_named(n) for n in shown], rows)
 
 
 def _named(name: str) -> MetricName:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image
 
 from allgood.evaluation import charts, words
 from allgood.evaluation.content import CategoryResult, GalleryItem, Picture, ReportContent
-from allgood.evaluation.metric_rows import metric_table
+from allgood.evaluation.metric_rows import PART_NAMES, metric_table, parts_table
 from allgood.evaluation.overlay import shrink
 from allgood.evaluation.table import table
 
@@ -86,6 +87,9 @@ def render_report(content: ReportContent) -> str:
             (c, charts.histogram(c, axis)) for c, axis in zip(categories, ranges, strict=True)
         ],
         shared_axis=shared_axis,
+        parts=parts_table(content),
+        part_names=PART_NAMES,
+        before_and_after=_before_and_after(content),
         curve_names=curve_names,
         curves=curves,
         gallery=_gallery(content),
@@ -136,6 +140,19 @@ def _curve_rows(results: Sequence[CategoryResult]) -> tuple[list[str], CurveRows
         (c, [charts.curve_chart(n, curves[n], diagonal=n == "ROC") for n in names])
         for c, curves in rows
     ]
+
+
+def _before_and_after(content: ReportContent) -> list[tuple[CategoryResult, Markup, Markup]]:
+    """Each category, its scores by the detector alone, and with the filter; each on an own axis."""
+    if content.parts is None:
+        return []
+    rows = []
+    for category, host in zip(content.categories, content.parts.host, strict=True):
+        # Calibration scores are of the fused map only, so neither chart outlines them.
+        both = replace(category, calibration_scores=host.calibration_scores)
+        before, after = (charts.histogram(c, charts.score_ranges([c])[0][0]) for c in (host, both))
+        rows.append((category, before, after))
+    return rows
 
 
 def _gallery(content: ReportContent) -> list[tuple[str, str, list[GalleryItem]]]:

@@ -5,7 +5,7 @@ import unicodedata
 
 from allgood.evaluation import words
 from allgood.evaluation.content import CategoryResult, ReportContent
-from allgood.evaluation.metric_rows import MetricCell, metric_table
+from allgood.evaluation.metric_rows import PART_NAMES, MetricCell, metric_table, parts_table
 
 _LEAST_BOUND_POINTS = 0.05 - 1e-9  # smaller bounds vanish in the rounding to one decimal
 _LONGEST_NAME = 40
@@ -40,7 +40,22 @@ def table(content: ReportContent) -> str:
         lines.insert(first_summary, rule)
     lines.insert(2, rule)
     lines += [f"  {mark}) {note}" for mark, note in enumerate(metrics.notes, start=1)]
-    return "\n".join([*lines, *metrics.left_out])
+    return "\n".join([*lines, *metrics.left_out, *_parts(content)])
+
+
+def _parts(content: ReportContent) -> list[str]:
+    """The detector alone, the filter alone and both, for a run with a CostFilter."""
+    parts = parts_table(content)
+    if parts is None:
+        return []
+    groups, labels = [""], ["with and without the filter"]
+    for column in parts.columns:
+        groups += ["", f"{column.group.lower()} {column.label}", ""]
+        labels += PART_NAMES
+    rows = [[_short(printable(row.name)), *map(_number, row.cells)] for row in parts.rows]
+    lines = _aligned([groups, labels, *rows])
+    lines.insert(2, "-" * max(_width(line) for line in lines))
+    return ["", *lines]
 
 
 def printable(text: str) -> str:

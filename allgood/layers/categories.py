@@ -3,6 +3,8 @@
 Letters: B images, C channels, h w patches, K categories, R reference images.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,6 +49,11 @@ class CategoryReferences(nn.Module):
         chosen = torch.cat(kept)
         device = self.features.device
         self.features, self.category = features[chosen].to(device), category[chosen].to(device)
+
+    def fit_batches(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """As `fit`, from (features, category) of one batch after another."""
+        features, category = zip(*batches, strict=True)
+        self.fit(torch.cat(features), torch.cat(category))
 
     def infer(self, levels: list[Tensor]) -> Tensor:
         """(B,) int64: the category whose reference image is nearest.

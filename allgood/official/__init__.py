@@ -9,7 +9,7 @@ from typing import Any
 
 from allgood.official.checkpoint import Official, read
 
-METHODS = ("dinomaly",)
+METHODS = ("dinomaly", "hvqtrans", "minimaxad", "rd4ad", "uniad", "unias")
 """Each is a module of this room."""
 
 

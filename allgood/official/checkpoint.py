@@ -7,12 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from allgood.encoders.frozen import EncoderConfig
 from allgood.types import InputError
+
+_WRAPPER = ("state_dict", "epoch", "arch", "best_metric", "optimizer")
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPY_NUMBERS: list[Any] = [
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
+    # What makes a number of a dtype and bytes, under its name since numpy 2 and before.
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+]
+"""A best metric is often one of them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,8 @@ class Official:
 
 
 def read(path: Path) -> Any:
-    """What a file holds. A pickle is read for tensors and plain values: it runs no code.
+    """What a file holds. A pickle is read for tensors and plain values, numpy's numbers among them:
+    it runs no code.
 
     Raises:
         InputError: no such file, one that holds objects, or numbers that are not finite.
@@ -46,11 +59,11 @@ def read(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file; name the authors' checkpoint")
     try:
-        content = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors each have a zoo of their own
         raise InputError(
             f"{path} cannot be read as a checkpoint of tensors ({type(error).__name__}); "
@@ -60,6 +73,37 @@ def read(path: Path) -> Any:
         if not tensor.isfinite().all():
             raise InputError(f"{path} is damaged: '{name}' holds numbers that are not finite")
     return content
+
+
+def unwrap(content: Any, encoder_prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The two halves of a checkpoint as a training on several GPUs writes it.
+
+    Args:
+        content: a state dict, alone or under 'state_dict' beside the facts of the training; its
+            names may all begin with 'module.'.
+        encoder_prefix: what the names of the frozen encoder begin with, as 'backbone.'.
+
+    Returns:
+        (the encoder's tensors without the prefix, all others), neither with 'module.'.
+
+    Raises:
+        InputError: it holds more than that.
+    """
+    if isinstance(content, Mapping) and "state_dict" in content:
+        for name in content:
+            if name not in _WRAPPER:
+                raise InputError(f"'{name}' is not what the authors write beside the state_dict")
+        content = content["state_dict"]
+    state = require_tensors(content)
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    encoder, rest = {}, {}
+    for name, tensor in state.items():
+        if name.startswith(encoder_prefix):
+            encoder[name.removeprefix(encoder_prefix)] = tensor
+        else:
+            rest[name] = tensor
+    return encoder, rest
 
 
 def require_tensors(content: Any) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from allgood.recipes import dinomaly
+from allgood.recipes import dinomaly, hvqtrans, minimaxad, rd4ad, uniad, unias
 from allgood.recipes.recipe import Recipe
 from allgood.types import InputError
 
@@ -20,6 +20,11 @@ RECIPES: dict[str, Recipe] = {
         "anomalydino", norm=True, image_size=448, keep_aspect=True, interpolation="bicubic"
     ),
     **dinomaly.RECIPES,
+    **hvqtrans.RECIPES,
+    **rd4ad.RECIPES,
+    **uniad.RECIPES,
+    **unias.RECIPES,
+    **minimaxad.RECIPES,
 }
 
 

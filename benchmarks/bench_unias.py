@@ -1,0 +1,115 @@
+"""UniAS: ours beside the form in which its authors compute it, on random weights, in one process.
+
+    python benchmarks/bench_unias.py inspect [--images 1] [--threads 1] [--rounds 7]
+    python benchmarks/bench_unias.py train [--light] [--batch 16] [--threads 1] [--rounds 3]
+
+`inspect`: seconds from pictures to maps and scores, the full model on the embedded encoder at 224 x
+224. `train`: seconds for a step of AdamW on cached features. The plain side shares all weights and
+runs the three convolutions of each head at full resolution and each patch embedding apart from its
+projection. Both sides in turn, medians.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from allgood.detectors.unias import PatchEmbedding, UniAS, UniASConfig
+from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
+from allgood.layers.linear_head import ReconstructionHead
+from allgood.types import TrainingBatch
+
+
+def model(light: bool) -> UniAS:
+    config = UniASConfig(width=128, ffn=512) if light else UniASConfig()
+    levels = (1, 2, 3) if light else (0, 1, 2, 3)
+    return UniAS(config, FrozenEncoder(EncoderConfig(levels=levels)), ("part",))
+
+
+def plain_patches(patches: PatchEmbedding, level: Tensor) -> Tensor:
+    out: Tensor = patches.project(level if patches.embed is None else patches.embed(level))
+    return out
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """The authors' operations instead of ours."""
+    ours = ReconstructionHead.forward, PatchEmbedding.forward
+    ReconstructionHead.forward = ReconstructionHead.plain  # type: ignore[method-assign]
+    PatchEmbedding.forward = plain_patches  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        ReconstructionHead.forward, PatchEmbedding.forward = ours  # type: ignore[method-assign]
+
+
+def compare(run: Callable[[], Tensor], rounds: int) -> tuple[Tensor, Tensor]:
+    """Print the times; what ours and the plain side answer."""
+    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    answers: dict[str, Tensor] = {}
+    for number in range(rounds + 1):  # the first is a warm-up
+        for side in seconds:
+            started = time.perf_counter()
+            if side == "ours":
+                answers[side] = run()
+            else:
+                with plain():
+                    answers[side] = run()
+            if number:
+                seconds[side].append(time.perf_counter() - started)
+    ours, other = (statistics.median(seconds[side]) for side in ("ours", "plain"))
+    print(f"ours {ours:.3f} s, plain {other:.3f} s, ratio {other / ours:.2f}")
+    return answers["ours"], answers["plain"]
+
+
+def inspect(images: int, rounds: int) -> None:
+    detector = model(light=False).eval()
+    image = torch.rand(images, 3, detector.side, detector.side)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        return detector.predict(image).anomaly_map
+
+    ours, other = compare(run, rounds)
+    print(f"maps differ by {(ours - other).abs().max():.1e} at most, up to {other.max():.3f}")
+
+
+def train(light: bool, batch: int, rounds: int) -> None:
+    detector = model(light).train()
+    features = detector.encode(torch.rand(batch, 3, detector.side, detector.side))
+    taught = TrainingBatch(features, torch.zeros(batch).long(), torch.arange(batch))
+    parameters = [p for p in detector.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def run() -> Tensor:
+        optimizer.zero_grad()
+        loss = detector.training_loss(taught, 0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.1)
+        optimizer.step()
+        return loss.detach()
+
+    compare(run, rounds)
+    numbers = sum(feature[0].numel() for feature in features)
+    print(f"{2 * numbers / 1e3:.0f} kB per picture in the cache")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["inspect", "train"])
+    parser.add_argument("--images", type=int, default=1)
+    parser.add_argument("--light", action="store_true")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    if arguments.what == "inspect":
+        inspect(arguments.images, arguments.rounds)
+    else:
+        train(arguments.light, arguments.batch, arguments.rounds)
