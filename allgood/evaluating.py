@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from allgood.types import InputError, Sample
@@ -22,17 +19,12 @@ if TYPE_CHECKING:
         Parts,
         ReportContent,
     )
+    from allgood.evaluation.judged import Judged
     from allgood.inference import Inspector
-    from allgood.metrics import Metric, PixelState
-    from allgood.types import Batch, Failure, Prediction
+    from allgood.metrics import Metric
 
-EXACT_PIXELS = 1 << 26
-"""Categories with at most so many test pixels are measured exactly (half a gigabyte)."""
 GALLERY_PER_KIND = 3
 """Pictures shown per category and kind: found, missed, false alarm."""
-BOTH, HOST, FILTER = range(3)
-"""Maps of a run with a CostFilter, as `FilteredDetector.predict_parts` stacks them; others have
-the first one only."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +152,7 @@ def _test_samples(
 
 def _content(
     inspector: Inspector,
-    judged: _Judged,
+    judged: Judged,
     *,
     protocol: list[str],
     gallery: list[GalleryItem],
@@ -219,84 +211,6 @@ def _numbers(content: ReportContent, pixel_size: int) -> dict[str, Any]:
     }
 
 
-def _row(sample: Sample) -> str:
-    """The row of the table where a picture counts: its category, or `category/domain` where its
-    data set parts the test by domain, as AeBAD-S does."""
-    domain = sample.meta.get("domain")
-    return f"{sample.category}/{domain}" if domain else sample.category
-
-
-class _Judged:
-    """Scores of all test pictures, and the pixel states of their rows, map by map."""
-
-    def __init__(
-        self, samples: Sequence[Sample], exact: bool, pixel_size: int, num_maps: int
-    ) -> None:
-        from allgood.metrics import PixelState
-
-        counts = Counter(_row(sample) for sample in samples)
-        self.category_of = {_row(sample): sample.category for sample in samples}
-        self.num_maps = num_maps
-        self.exact = {
-            name: exact or (pixel_size > 0 and count * pixel_size**2 * num_maps <= EXACT_PIXELS)
-            for name, count in counts.items()
-        }
-        self.pooled = PixelState(exact=exact)
-        self.samples: list[Sample] = []
-        self.map_scores: list[list[float]] = [[] for _ in range(num_maps)]
-        self.judged_as: list[str] = []
-        self.has_mask: list[bool] = []
-        self.map_pixels: list[dict[str, PixelState]] = [{} for _ in range(num_maps)]
-        self.aupro_per_image: dict[str, list[float]] = {}
-        self.failures: list[Failure] = []
-        self.unreadable: dict[str, int] = {}
-
-    @property
-    def scores(self) -> list[float]:
-        return self.map_scores[BOTH]
-
-    def names(self) -> list[str]:
-        """Of the rows: categories, or their domains."""
-        return sorted({_row(sample) for sample in self.samples})
-
-    def rows(self, name: str | None) -> list[int]:
-        return [i for i, sample in enumerate(self.samples) if name is None or _row(sample) == name]
-
-    def add(
-        self,
-        batch: Batch,
-        prediction: Prediction,
-        pixel_size: int,
-        categories: Sequence[str],
-    ) -> None:
-        from allgood.metrics import PixelState
-        from allgood.metrics.reference import aupro_200_per_image
-        from allgood.scoring import resize_map
-
-        maps = prediction.anomaly_map  # (B, maps, H, W)
-        scores = prediction.image_score.view(len(maps), self.num_maps)
-        if pixel_size:
-            maps = resize_map(maps, (pixel_size, pixel_size))
-        for i, sample in enumerate(batch.sample):
-            self.samples.append(sample)
-            self.judged_as.append(categories[int(prediction.category[i])])
-            self.has_mask.append(bool(batch.has_mask[i]) and not sample.is_good)
-            for which in range(self.num_maps):
-                self.map_scores[which].append(float(scores[i, which]))
-            if not batch.has_mask[i] or batch.mask is None:
-                continue
-            name, mask = _row(sample), batch.mask[i].numpy()
-            ids = [f"{sample.category}/{sample.id}"]
-            if "domain" in sample.meta and mask.any():
-                area = aupro_200_per_image(maps[i, :1].numpy(), mask)
-                self.aupro_per_image.setdefault(name, []).append(area)
-            for which, pixels in enumerate(self.map_pixels):
-                if name not in pixels:
-                    pixels[name] = PixelState(exact=self.exact[name])
-                pixels[name].update(maps[i, which : which + 1].numpy(), mask, ids)
-            self.pooled.update(maps[i, :1].numpy(), mask, ids)
-
-
 def _judge(
     inspector: Inspector,
     samples: Sequence[Sample],
@@ -305,16 +219,12 @@ def _judge(
     infer_category: bool,
     exact: bool,
     batch_size: int,
-) -> _Judged:
+) -> Judged:
+    from allgood.evaluation.judged import Judged, row_of
     from allgood.progress import bar
 
-    num_maps = 1
-    if "filter" in inspector.config:
-        num_maps = 3
-        parts = SimpleNamespace(predict=inspector.detector.predict_parts)
-        inspector = copy.copy(inspector)
-        inspector.detector = parts
-    judged = _Judged(samples, exact, pixel_size, num_maps)
+    parts = "filter" in inspector.config
+    judged = Judged(samples, exact, pixel_size, num_maps=3 if parts else 1)
     with bar("judging pictures never seen", len(samples)) as progress:
         for batch, prediction in inspector.predict(
             samples,
@@ -322,6 +232,7 @@ def _judge(
             batch_size=batch_size if pixel_size else 1,
             mask_size=(pixel_size, pixel_size) if pixel_size else "own",
             known_category=not infer_category,
+            parts=parts,
         ):
             judged.add(batch, prediction, pixel_size, inspector.categories)
             progress.at(len(judged.samples) + len(judged.failures))
@@ -329,14 +240,14 @@ def _judge(
         raise InputError(
             f"none of the {len(samples)} test pictures could be read; {judged.failures[0].reason}"
         )
-    row_of = {str(sample.path): _row(sample) for sample in samples}
+    name_of = {str(sample.path): row_of(sample) for sample in samples}
     for failure in judged.failures:
-        name = row_of[str(failure.path)]
+        name = name_of[str(failure.path)]
         judged.unreadable[name] = judged.unreadable.get(name, 0) + 1
     return judged
 
 
-def _mean(judged: _Judged, results: Sequence[CategoryResult]) -> dict[str, Metric]:
+def _mean(judged: Judged, results: Sequence[CategoryResult]) -> dict[str, Metric]:
     """Over the categories; one with domains counts as the mean of its domains."""
     from allgood.metrics import mean_over_categories
 
@@ -353,20 +264,18 @@ def _mean(judged: _Judged, results: Sequence[CategoryResult]) -> dict[str, Metri
     )
 
 
-def _category_result(judged: _Judged, category: str | None, inspector: Inspector) -> CategoryResult:
+def _category_result(judged: Judged, category: str | None, inspector: Inspector) -> CategoryResult:
     """Of one category or domain, or of all pooled under one threshold (category None)."""
     import numpy as np
 
     from allgood.evaluation.content import CategoryResult, Curves
-    from allgood.metrics import Metric, PixelState, image_curves, image_metrics, mad
+    from allgood.metrics import Metric, image_curves, image_metrics, mad
 
     rows = judged.rows(category)
     scores = np.array([judged.scores[i] for i in rows])
     bad = np.array([not judged.samples[i].is_good for i in rows])
     metrics: dict[str, Metric] = dict(image_metrics(scores, bad))
-    pixels = (
-        judged.pooled if category is None else judged.map_pixels[BOTH].get(category, PixelState())
-    )
+    pixels = judged.pixels(category)
     metrics |= pixels.result()
     if category is None:
         # UniAS defines DSC per class; over a mixture its threshold means nothing.
@@ -395,9 +304,10 @@ def _category_result(judged: _Judged, category: str | None, inspector: Inspector
     )
 
 
-def _parts(inspector: Inspector, judged: _Judged) -> Parts | None:
+def _parts(inspector: Inspector, judged: Judged) -> Parts | None:
     """The detector and the filter, each alone, where the run has a CostFilter."""
     from allgood.evaluation.content import Parts
+    from allgood.evaluation.judged import FILTER, HOST
 
     if judged.num_maps == 1:
         return None
@@ -407,16 +317,16 @@ def _parts(inspector: Inspector, judged: _Judged) -> Parts | None:
     return Parts(host, behind, inspector.config["filter"]["settings"]["fusion"])
 
 
-def _part_result(judged: _Judged, category: str, which: int) -> CategoryResult:
+def _part_result(judged: Judged, category: str, which: int) -> CategoryResult:
     import numpy as np
 
     from allgood.evaluation.content import CategoryResult
-    from allgood.metrics import PixelState, image_metrics
+    from allgood.metrics import image_metrics
 
     rows = judged.rows(category)
     scores = np.array([judged.map_scores[which][i] for i in rows])
     bad = np.array([not judged.samples[i].is_good for i in rows])
-    pixels = judged.map_pixels[which].get(category, PixelState())
+    pixels = judged.pixels(category, which)
     return CategoryResult(
         name=category,
         good_scores=scores[~bad],
@@ -425,7 +335,7 @@ def _part_result(judged: _Judged, category: str, which: int) -> CategoryResult:
     )
 
 
-def _calibration_scores(inspector: Inspector, judged: _Judged, row: str | None) -> list[float]:
+def _calibration_scores(inspector: Inspector, judged: Judged, row: str | None) -> list[float]:
     """Scores of the calibration pictures; pooled, only if every category has some."""
     calibration = inspector.calibration
     names = judged.names() if row is None else [row]
@@ -437,7 +347,7 @@ def _calibration_scores(inspector: Inspector, judged: _Judged, row: str | None) 
 
 def _alarms(
     inspector: Inspector,
-    judged: _Judged,
+    judged: Judged,
     rows: Sequence[int],
     category: str | None,
     calibration: list[float],
@@ -458,7 +368,7 @@ def _alarms(
     return Alarms(limit, alpha, num_found=len(raised) - num_false, num_false_alarms=num_false)
 
 
-def _is_alarm(inspector: Inspector, judged: _Judged, i: int) -> bool:
+def _is_alarm(inspector: Inspector, judged: Judged, i: int) -> bool:
     """What `inspect` says of the picture: judged as what it looks like, if that was asked for."""
     calibration, name = inspector.calibration, judged.judged_as[i]
     return (
@@ -468,7 +378,7 @@ def _is_alarm(inspector: Inspector, judged: _Judged, i: int) -> bool:
     )
 
 
-def _gallery(inspector: Inspector, judged: _Judged, infer_category: bool) -> list[GalleryItem]:
+def _gallery(inspector: Inspector, judged: Judged, infer_category: bool) -> list[GalleryItem]:
     """The clearest finds, the worst misses and the worst false alarms of each category."""
     if inspector.calibration is None:
         return []
@@ -494,6 +404,7 @@ def _gallery_item(
 ) -> GalleryItem:
     from allgood.data.images import read_mask, read_oriented_image
     from allgood.evaluation.content import GalleryItem
+    from allgood.evaluation.judged import row_of
     from allgood.evaluation.overlay import mask_outline
 
     category = None if infer_category else sample.category
@@ -511,7 +422,7 @@ def _gallery_item(
     assert inspection.image_score is not None
     return GalleryItem(
         kind=kind,
-        category=_row(sample),
+        category=row_of(sample),
         name=sample.id,
         defect=sample.defect,
         image_score=inspection.image_score,
@@ -523,7 +434,7 @@ def _gallery_item(
 
 
 def _protocol(
-    inspector: Inspector, judged: _Judged, pixel_size: int, infer_category: bool, num_seen: int
+    inspector: Inspector, judged: Judged, pixel_size: int, infer_category: bool, num_seen: int
 ) -> list[str]:
     """How it was measured, in sentences for the report and metrics.json."""
     config = inspector.config

@@ -223,6 +223,7 @@ class Inspector:
         batch_size: int = 8,
         mask_size: MaskSize | None = None,
         known_category: bool = True,
+        parts: bool = False,
     ) -> Iterator[tuple[Batch, Prediction]]:
         """The detector's word on each batch of samples, on the CPU.
 
@@ -231,6 +232,7 @@ class Inspector:
             mask_size: of the masks in the batches, see `load_batches`; with `own`, maps come in
                 the pictures' own size too.
             known_category: judge each sample as its own category; otherwise infer it.
+            parts: of a run with a CostFilter, what it is made of too, see `predict_parts` there.
         """
         batches = load_batches(
             samples, self.transform, failures=failures, batch_size=batch_size, mask_size=mask_size
@@ -242,11 +244,16 @@ class Inspector:
                 else None
             )
             map_size = batch.original_size[0] if mask_size == "own" else None
-            yield batch, self.predict_batch(batch, category, map_size)
+            yield batch, self.predict_batch(batch, category, map_size, parts=parts)
 
     @torch.inference_mode()
     def predict_batch(
-        self, batch: Batch, category: Tensor | None, map_size: tuple[int, int] | None = None
+        self,
+        batch: Batch,
+        category: Tensor | None,
+        map_size: tuple[int, int] | None = None,
+        *,
+        parts: bool = False,
     ) -> Prediction:
         """As `Detector.predict`, on our device and with the run's ignored regions.
 
@@ -267,8 +274,9 @@ class Inspector:
         bf16 = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False
         )
+        predict = self.detector.predict_parts if parts else self.detector.predict
         with bf16:
-            prediction = self.detector.predict(
+            prediction = predict(
                 image,
                 None if category is None else category.to(self.device),
                 ignore=ignore,

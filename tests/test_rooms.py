@@ -24,7 +24,7 @@ ROOMS = {
     "official": {"types", "encoders", "detectors"},
     "metrics": {"types"},
     "costfilter": {"types", "layers", "scoring", "metrics"},
-    "evaluation": {"types", "metrics"},
+    "evaluation": {"types", "scoring", "metrics"},
     "calibration": {"types"},
     "runs": {"types", "allgood"},
     "unfinished": {"types", "runs", "allgood"},
@@ -61,7 +61,7 @@ DOORS = {
         *("inference", "learning"),
     },
     "evaluating": {
-        *("types", "scoring", "data", "metrics", "evaluation", "calibration", "runs"),
+        *("types", "data", "metrics", "evaluation", "calibration", "runs"),
         *("progress", "inference"),
     },
     "synthesizing": {
