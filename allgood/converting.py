@@ -41,7 +41,7 @@ def convert(
     """Make a run of a checkpoint that a paper's authors published.
 
     Where the file holds the encoder too, it becomes a part of the run. Where it does not, the
-    encoder has the published weights that the authors trained with, from the hub or from a file.
+    encoder has the published weights that the authors began with, from the hub or from a file.
     The checkpoint does not say which categories it was trained on: name them, or give their good
     pictures, from which the run then learns to tell the categories apart.
 

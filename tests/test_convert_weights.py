@@ -21,7 +21,7 @@ WOOD: Any = {"categories": ("wood",)}
 
 
 def without_encoder(method: str) -> dict[str, Any]:
-    """A small official file; RD4AD's and MiniMaxAD's are incomplete otherwise."""
+    """A small official file; of RD4AD and MiniMaxAD what is looked at before the encoder."""
     if method == "uniad":
         return {"state_dict": fill_state(uniad.official_shapes())}
     if method == "hvqtrans":
@@ -129,3 +129,10 @@ def test_an_encoder_beside_the_file_is_as_good_as_one_in_it(tmp_path: Path) -> N
     with torch.inference_mode():
         maps = [detector.match(image).host_map for detector in (first, second)]
     assert torch.equal(*maps)
+
+
+def test_a_filter_has_its_hosts_encoder(allgood: Command, tmp_path: Path) -> None:
+    words = ["convert", "costfilter", "x.pth", "--host", "run", "--out", tmp_path / "out"]
+    said = allgood.refused(*words, "--weights", "encoder.pth")
+    assert said.startswith("a costfilter takes its pictures, categories and encoder from its host")
+    assert "--weights" in said
