@@ -1,7 +1,8 @@
 """Room 2: image (B, 3, H, W) in [0, 1] -> feature levels (B, C, h, w), from a frozen network.
 
-`frozen.py` builds any timm backbone; `lite0.py` brings the weights of the embedded default;
-`tiled.py` reads large images piece by piece.
+`frozen.py` builds any backbone of timm's, and `unireplknet.py`, which timm has not; `lite0.py`
+brings the weights of the embedded default; `efficientnet.py` knows the original PyTorch port's
+names and padding; `tiled.py` reads large images piece by piece.
 """
 
 RECOMMENDED = {
