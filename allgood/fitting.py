@@ -50,6 +50,7 @@ def fit(
     rotate: bool | None = None,
     settings: tuple[str, ...] = (),
     train: tuple[str, ...] = (),
+    augment: tuple[str, ...] = (),
     cache: Path | None = None,
     no_cache: bool = False,
     tensorboard: Path | None = None,
@@ -94,6 +95,8 @@ def fit(
         rotate: also learn 7 rotated copies of each picture; default: with anomalydino and shots.
         settings: of the detector, as name=value, e.g. bank=per_category coreset_ratio=0.1.
         train: of the training, as name=value, e.g. steps=5000 precision=bf16.
+        augment: flip and turn training pictures, as CATEGORY=flip,rotate ... or all=flip,rotate
+            (flip_horizontal, flip_vertical, none); default: as the recipe has it.
         cache: folder for the frozen features of all trainings; default: in the user's cache folder.
         no_cache: run the encoder in every step of a training instead.
         tensorboard: folder for TensorBoard's files.
@@ -119,6 +122,7 @@ def fit(
     arguments = dict(locals())
     started = time.monotonic()
     from allgood.calibrating import split_for_calibration
+    from allgood.data.augmentation import augmentations
     from allgood.data.fingerprint import digests, fingerprint
     from allgood.detectors import detector_classes
     from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
@@ -155,6 +159,7 @@ def fit(
     else:
         chosen, held_out = few_shots(dataset, shots, seed), []
     learned = tuple(sorted({sample.category for sample in chosen}))
+    augmented = augmentations(chosen_recipe.augment, augment, learned)
     if weights not in ("pretrained", "random"):
         weights = os.path.abspath(weights)  # the run must find them from everywhere
     encoder_config = EncoderConfig(
@@ -209,10 +214,12 @@ def fit(
             tensorboard=tensorboard,
         )
         config["train"] = asdict(training.config) | {"processes": devices * nodes}
-    elif train or devices * nodes > 1:
+        if augmented:
+            config["data"]["augment"] = {name: asdict(how) for name, how in augmented.items()}
+    elif train or augment or devices * nodes > 1:
         raise InputError(
             f"{chosen_recipe.detector} is not trained, it only reads the pictures once: "
-            "leave out --train, --devices and --nodes"
+            "leave out --train, --augment, --devices and --nodes"
         )
     where = choose_device(device) if training is None else training.fabric.device
     digest = digests([*chosen, *held_out])
@@ -226,7 +233,7 @@ def fit(
 
     job = _Job(
         model=model.to(where).eval(),
-        pictures=Pictures(chosen, transform, read_given(ignore, dataset.categories)),
+        pictures=Pictures(chosen, transform, read_given(ignore, dataset.categories), augmented),
         held_out=held_out,
         angles=angles,
         batch_size=batch_size,
@@ -247,6 +254,7 @@ def fit(
 
 def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path:
     """One run per category, in OUT/CATEGORY; those that are finished stay."""
+    from allgood.data.augmentation import asked_of, augmentations
     from allgood.progress import say
     from allgood.runs import CONFIG
 
@@ -255,13 +263,16 @@ def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path
     dataset = _read_good(
         roots, asked["layout"], asked["categories"], asked["train_share"], asked["seed"]
     )
-    for category in sorted({sample.category for sample in dataset.train}):
+    names = sorted({sample.category for sample in dataset.train})
+    augmentations({}, asked["augment"], names)  # refuses a category that there is not
+    for category in names:
         folder = out / category
         if (folder / CONFIG).is_file() and not asked["overwrite"]:
             say(f"{folder} is finished")
             continue
         say(f"category {category}")
         one = {"per_category": False, "categories": (category,), "out": folder, "resume": False}
+        one["augment"] = asked_of(category, asked["augment"])
         fit(**asked | one)
     return out
 
@@ -413,6 +424,9 @@ def _learn(job: _Job, training: Training, folder: Path) -> list[Failure]:
         "ignore": digests(job.pictures.ignore_of),
         "encoding": job.model.encoding,
     }
+    augment = job.pictures.augment
+    if augment:  # without any, the caches that were made before there was such a thing stay valid
+        key["augment"] = {name: list(how.shares()) for name, how in augment.items()}
     return learn(
         job.model,
         job.pictures,

@@ -1,11 +1,12 @@
 """Door: good pictures and a detector that learns by gradient -> its weights.
 
-pictures -> encode, once per picture where the cache has room -> the one training loop
+pictures in their views -> encode, each once where the cache has room -> the one training loop
 """
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from allgood.data.augmentation import View
 from allgood.data.batches import load_batches
 from allgood.pictures import Pictures, require_readable
 from allgood.progress import say
@@ -21,7 +23,7 @@ from allgood.training.config import TrainConfig
 from allgood.training.feature_cache import CachedFeatures, cache_bytes, room_for
 from allgood.training.loop import train
 from allgood.training.runtime import open_fabric
-from allgood.training.sources import OnlineFeatures, Source
+from allgood.training.sources import OnlineFeatures, Source, Views
 from allgood.types import Failure
 
 if TYPE_CHECKING:
@@ -73,7 +75,8 @@ def learn(
     """Train a `Learner`, going on with what a killed training left in `folder`.
 
     Args:
-        cache_key: everything that decides what `model.encode` gives, the pictures included.
+        cache_key: everything that decides what `model.encode` gives, the pictures and their views
+            included.
         batch_size: pictures encoded together when the cache is built.
 
     Returns:
@@ -86,15 +89,27 @@ def learn(
     online = online_features(model, pictures, fabric.device)
     source = cached(online, training, cache_key, batch_size) or online
     train(model, source, training.config, fabric=fabric, folder=folder, seed=seed)
-    failures = list(source.failures.values())
+    # A picture fails once per view.
+    failures = list({failure.path: failure for failure in source.failures.values()}.values())
     require_readable(pictures.samples, failures)
     return failures
 
 
 def online_features(model: Any, pictures: Pictures, device: torch.device) -> OnlineFeatures:
-    """The pictures as what a `Learner` on this device says of them."""
-    category = pictures.category(model.categories)
-    return OnlineFeatures(_reader(pictures), model.encode, category, device)
+    """The pictures in all their views, as what a `Learner` on this device says of them."""
+    shown = pictures.views()
+    category = pictures.category(model.categories)[[picture for picture, _, _ in shown]]
+    shares: dict[int, dict[int, float]] = defaultdict(dict)
+    for row, (picture, _, share) in enumerate(shown):
+        shares[picture][row] = share
+    several = {picture: rows for picture, rows in shares.items() if len(rows) > 1}
+    return OnlineFeatures(
+        _reader(pictures, [(picture, view) for picture, view, _ in shown]),
+        model.encode,
+        category,
+        device,
+        Views(len(pictures.samples), several),
+    )
 
 
 def cached(
@@ -121,20 +136,34 @@ def default_cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "allgood" / "features"
 
 
-def _reader(pictures: Pictures) -> Read:
-    """Indices -> pictures as `OnlineFeatures` wants them."""
-    place = {(sample.category, sample.id): i for i, sample in enumerate(pictures.samples)}
+def _reader(pictures: Pictures, rows: Sequence[tuple[int, View]]) -> Read:
+    """Rows, each a picture and its view -> images as `OnlineFeatures` wants them."""
+    samples = pictures.samples
+    place = {(sample.category, sample.id): i for i, sample in enumerate(samples)}
 
     def read(indices: Sequence[int]) -> tuple[tuple[Tensor, ...], list[int], list[Failure]]:
+        wanted = list(dict.fromkeys(rows[i][0] for i in indices))  # each file is read once
         failures: list[Failure] = []
-        samples = [pictures.samples[i] for i in indices]
         batches = load_batches(
-            samples, pictures.transform, failures=failures, batch_size=len(samples), prefetch=1
+            [samples[picture] for picture in wanted],
+            pictures.transform,
+            failures=failures,
+            batch_size=len(wanted),
+            prefetch=1,
         )
-        images, readable = [], []
+        image_of: dict[int, Tensor] = {}
         for batch in batches:
-            images.append(pictures.hidden(batch, pictures.transform)[0])
-            readable += [place[sample.category, sample.id] for sample in batch.sample]
-        return (torch.cat(images) if images else torch.empty(0),), readable, failures
+            images = pictures.hidden(batch, pictures.transform)[0]
+            for sample, image in zip(batch.sample, images, strict=True):
+                image_of[place[sample.category, sample.id]] = image
+        unread = [picture for picture in wanted if picture not in image_of]
+        why = dict(zip(unread, failures, strict=True))
+        readable = [i for i in indices if rows[i][0] in image_of]
+        seen = [rows[i][1].of(image_of[rows[i][0]]) for i in readable]
+        return (
+            (torch.stack(seen) if seen else torch.empty(0),),
+            readable,
+            [why[rows[i][0]] for i in indices if rows[i][0] in why],
+        )
 
     return read

@@ -1,12 +1,13 @@
 """The good pictures of a fit: which they are, how they become input, and that there are enough."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from allgood.data.augmentation import Augmentation, View
 from allgood.data.transforms import Transform
 from allgood.ignored import hide, to_inputs
 from allgood.types import Batch, Failure, InputError, Sample
@@ -20,6 +21,19 @@ class Pictures:
     transform: Transform
     ignore_of: Mapping[str, np.ndarray]
     """Masks of ignored regions by category; what they cover is hidden."""
+    augment: Mapping[str, Augmentation] = field(default_factory=dict)
+    """By category, of those whose pictures are also learned in other views."""
+
+    def views(self) -> list[tuple[int, View, float]]:
+        """(index into `samples`, view, how often the picture is seen so): first every picture as it
+        is, in order, then all further views of each, which so are read together."""
+        first, further = [], []
+        for i, sample in enumerate(self.samples):
+            augmentation = self.augment.get(sample.category, Augmentation())
+            plain, *others = [(i, view, share) for view, share in augmentation.shares().items()]
+            first.append(plain)
+            further += others
+        return first + further
 
     def hidden(self, batch: Batch, transform: Transform) -> tuple[Tensor, Tensor | None]:
         """A batch's image with the ignored regions in grey, and these, (B, 1, H, W) bool or None.

@@ -178,6 +178,77 @@ def test_a_recipe_may_ask_for_one_model_per_category(
     assert library.Inspector(together).categories == ("cloth", "wood")
 
 
+FLIPPED = ["--augment", "wood=flip,rotate", "cloth=flip_horizontal"]
+
+
+def test_augmented(allgood: Command, few: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    answer = allgood("fit", few, "--out", out, *LEARN, *TRAIN, *FLIPPED)
+    assert answer.code == 0, answer.err
+    data = json.loads((out / "config.json").read_text())["data"]
+    assert data["augment"] == {
+        "cloth": {"flip_horizontal": 0.3, "flip_vertical": 0.0, "rotate": False},
+        "wood": {"flip_horizontal": 0.3, "flip_vertical": 0.3, "rotate": True},
+    }
+    # 14 - 2 kept for the thresholds: 12 of wood in eight views, 12 of cloth in two.
+    pictures = data["fitted_pictures"] + 1
+    assert f"{pictures // 2 * 8 + pictures // 2 * 2} pictures" in answer.err
+    assert "left out, as they could not be read: 1 pictures" in answer.err
+    plain = tmp_path / "plain"
+    asked = ["--augment", "all=flip", "wood=none", "cloth=none"]
+    answer = allgood("fit", few, "--out", plain, *LEARN, *TRAIN, *asked)
+    assert f"{pictures} pictures" in answer.err and "built" in answer.err
+    assert "augment" not in json.loads((plain / "config.json").read_text())["data"]
+    assert (plain / "weights.safetensors").read_bytes() != (
+        out / "weights.safetensors"
+    ).read_bytes()
+    picture = few / "wood" / "test" / "hole" / "000.png"
+    assert next(library.Inspector(out).inspect(picture)).image_score > 0
+
+
+def test_a_recipe_augments_the_categories_that_there_are(
+    allgood: Command, few: Path, cache: Path, tmp_path: Path
+) -> None:
+    words = ["--encoder", "test_efficientnet", "--weights", "random", "--levels", "0", "1"]
+    words += ["--image-size", "32", "--recipe", "unias_mvtec_ad", *TRAIN, "--no-cache"]
+    words += ["--settings", "width=32", "ffn=32", "grid=8", "--max-false-alarm", "0.15"]
+    answer = allgood("fit", few, "--out", tmp_path / "run", *words)
+    assert answer.code == 0, answer.err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["data"]["augment"] == {
+        "wood": {"flip_horizontal": 0.3, "flip_vertical": 0.3, "rotate": True}
+    }
+
+
+def test_one_model_per_category_is_augmented_by_its_own_words(
+    allgood: Command, few: Path, cache: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "runs"
+    words = [few, "--out", out, *LEARN, *TRAIN, "--per-category", "True"]
+    said = allgood.refused("fit", *words, "--augment", "clot=flip")
+    assert said.startswith("--augment: no category 'clot' is learned; did you mean 'cloth'?")
+    assert not out.exists()
+    assert allgood("fit", *words, "--augment", "wood=flip").code == 0
+    found = {
+        name: json.loads((out / name / "config.json").read_text()) for name in ("cloth", "wood")
+    }
+    assert list(found["wood"]["data"]["augment"]) == ["wood"]
+    assert "augment" not in found["cloth"]["data"]
+
+
+def test_killed_while_augmented(killer: Killer, few: Path, tmp_path: Path) -> None:
+    """The cache's index, the checkpoints, and another command in between."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    words = ["fit", few, *LEARN, *TRAIN, *FLIPPED, "--cache"]
+    code, text = killer(*words, tmp_path / "cache0", "--out", whole)
+    assert code == 0, text
+    for moment in (4, 7, 9):
+        code, text = killer(*words, tmp_path / "cache1", "--out", out, moment=moment)
+        assert code == -9, text
+    assert killer(*words, tmp_path / "cache1", "--out", out, "--resume")[0] == 0
+    assert of_run(out) == of_run(whole)
+
+
 def test_a_nan_names_step_and_remedy(
     allgood: Command, few: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -193,6 +264,12 @@ def test_a_nan_names_step_and_remedy(
     [
         (["--keep-aspect", "True"], "dinomaly is trained on upright pictures of one size"),
         (["--rotate", "True"], "dinomaly is trained on upright pictures of one size"),
+        (
+            ["--augment", "wod=flip"],
+            "--augment: no category 'wod' is learned; did you mean 'wood'?",
+        ),
+        (["--augment", "flip"], "--augment 'flip' names no category: write all=flip"),
+        (["--augment", "wood=flop"], "unknown augmentation 'flop'; did you mean 'flip'? known: "),
         (["--tile", "48"], "dinomaly compares whole images and takes no tiles"),
         (["--train", "steps=0"], "steps must be at least 1, got 0"),
         (["--train", "stepps=5"], "unknown setting 'stepps'; did you mean 'steps'?"),
@@ -217,7 +294,7 @@ def test_what_a_training_refuses(
 
 
 def test_a_memory_bank_is_not_trained(allgood: Command, few: Path, tmp_path: Path) -> None:
-    for words in (["--train", "steps=5"], ["--devices", "2"]):
+    for words in (["--train", "steps=5"], ["--devices", "2"], ["--augment", "all=flip"]):
         said = allgood.refused("fit", few, "--out", tmp_path / "run", *words)
         assert said.startswith("patchcore is not trained, it only reads the pictures once")
 

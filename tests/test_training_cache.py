@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from training_toy import COUNT, Toy, source
 
 from allgood.training import feature_cache
 from allgood.training.feature_cache import CachedFeatures, cache_bytes, room_for
-from allgood.training.sources import batch_order, read_ahead
+from allgood.training.sources import Views, batch_order, read_ahead
 from allgood.types import Failure, InputError, TrainingBatch
 
 KEY = {"data": "toy", "levels": (1, 2)}
@@ -112,6 +113,41 @@ def test_orders_that_cannot_be() -> None:
         batch_order(0, 4, seed=0)
     with pytest.raises(InputError, match=r"cannot be shared by 2 processes .* a multiple of 6"):
         batch_order(20, 16, seed=0, world=2, accumulate=3)
+
+
+# -- views ---------------------------------------------------------------------------------------
+
+
+def test_views_are_drawn_by_their_shares() -> None:
+    shares = {4: {4: 0.5, 10: 0.3, 11: 0.2}, 5: {5: 0.0, 12: 1.0}}
+    views = Views(10, shares)
+    drawn = [views.draw(4, seed=3, step=step) for step in range(20_000)]
+    for row, share in shares[4].items():
+        # Four standard deviations of a share of 20,000 independent draws.
+        assert drawn.count(row) / 20_000 == pytest.approx(share, abs=4 * 0.5 / 20_000**0.5)
+    # Neither the step before nor another picture nor another seed tells anything.
+    after_plain = [row for before, row in pairwise(drawn) if before == 4]
+    assert after_plain.count(4) / len(after_plain) == pytest.approx(0.5, abs=0.02)
+    assert drawn[:100] != [views.draw(4, seed=4, step=step) for step in range(100)]
+    twin = Views(10, {6: {6: 0.5, 10: 0.3, 11: 0.2}})
+    other = [twin.draw(6, seed=3, step=step) for step in range(100)]
+    assert [row == 4 for row in drawn[:100]] != [row == 6 for row in other]
+    assert {views.draw(5, seed=3, step=step) for step in range(100)} == {12}
+    assert {views.draw(7, seed=3, step=step) for step in range(100)} == {7}
+    assert list(views.rows(4)) == [4, 10, 11] and list(views.rows(7)) == [7]
+
+
+def test_a_cache_holds_all_views(tmp_path: Path) -> None:
+    online = source(augmented=True, unreadable=[6])
+    cached = opened(tmp_path, augmented=True, unreadable=[6])
+    assert cached.views == online.views
+    assert len(cached) == COUNT + COUNT // 3 == len(cached.category)
+    assert sorted(cached.failures) == [6, COUNT + 2]
+    mirrored = batch(cached, range(COUNT, len(cached)))
+    plain = batch(source(Toy().encode), range(0, COUNT, 3))
+    keep = [i for i in range(7) if i != 2]
+    expected = plain.features[0][keep].flip(-1)
+    torch.testing.assert_close(mirrored.features[0], expected, atol=1e-3, rtol=1e-3)
 
 
 # -- reading ahead -------------------------------------------------------------------------------

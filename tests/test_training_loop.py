@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from training_toy import COUNT, Toy, source
 
 from allgood.training import checkpoint, loop
 from allgood.training.config import TrainConfig
+from allgood.training.feature_cache import CachedFeatures
 from allgood.training.loop import train
 from allgood.training.runtime import open_fabric, seed_step
 from allgood.types import InputError
@@ -224,21 +226,108 @@ def test_pictures_vanish_during_training(fabric: Any, tmp_path: Path) -> None:
         train(model, pictures, CONFIG, fabric=fabric, folder=tmp_path)
 
 
+# -- views ---------------------------------------------------------------------------------------
+
+
+def rows_seen(fabric: Any, folder: Path, pictures: Any, seed: int = 1, **settings: Any) -> Any:
+    """What each micro-batch of a training saw, after `prepare`: rows and first features."""
+    seen: list[tuple[list[int], Tensor]] = []
+    model = Toy()
+
+    def look(batch: Any, step: int) -> Tensor:
+        seen.append((batch.index.tolist(), batch.features[0]))
+        return Toy.training_loss(model, batch, step)
+
+    model.training_loss = look  # type: ignore[method-assign]
+    config = replace(CONFIG, **settings)
+    train(model, pictures, config, fabric=fabric, folder=folder, seed=seed)
+    return seen
+
+
+def test_views_change_neither_the_order_nor_the_preparation(fabric: Any, tmp_path: Path) -> None:
+    reads: list[list[int]] = []
+    augmented = source(augmented=True, reads=reads)
+    views = rows_seen(fabric, tmp_path / "views", augmented, steps=40)
+    assert sorted(i for batch in reads[:6] for i in batch) == list(range(COUNT))
+    plain = rows_seen(fabric, tmp_path / "plain", source(), steps=40)
+    picture_of = {row: i for i in range(COUNT) for row in augmented.views.rows(i)}
+    assert [[picture_of[row] for row in rows] for rows, _ in views] == [rows for rows, _ in plain]
+    mirrored = sum(row >= COUNT for rows, _ in views for row in rows)
+    of_category = sum(picture_of[row] % 3 == 0 for rows, _ in views for row in rows)
+    assert 0.1 < mirrored / of_category < 0.5
+    # A picture is not seen in the same view in each epoch.
+    of_first = [row for rows, _ in views for row in rows if picture_of[row] == 0]
+    assert set(of_first) == set(augmented.views.rows(0))
+    other = rows_seen(fabric, tmp_path / "seed", source(augmented=True), seed=2, steps=40)
+    assert [rows for rows, _ in other] != [rows for rows, _ in views]
+
+
+def test_the_cache_changes_no_view(fabric: Any, tmp_path: Path) -> None:
+    pictures = source(augmented=True, unreadable=[6])
+    online = rows_seen(fabric, tmp_path / "online", pictures)
+    cache = CachedFeatures(
+        tmp_path / "cache", {}, source(augmented=True, unreadable=[6]), quiet=True
+    )
+    cached = rows_seen(fabric, tmp_path / "cached", cache)
+    for (rows, features), (cached_rows, cached_features) in zip(online, cached, strict=True):
+        assert rows == cached_rows
+        assert not {6, COUNT + 2} & set(rows)
+        torch.testing.assert_close(cached_features, features, atol=2e-3, rtol=1e-3)
+
+
+def test_processes_and_micro_batches_share_the_same_views() -> None:
+    """Of a step, whoever reads it, and wherever the training is taken up again."""
+    pictures = source(augmented=True)
+
+    def steps(world: int, accumulate: int, start: int) -> list[list[int]]:
+        config = replace(CONFIG, batch_size=8, accumulate=accumulate)
+        ranks = [
+            list(
+                loop._order(
+                    pictures,
+                    config,
+                    checkpoint.Position(step=start),
+                    SimpleNamespace(global_rank=rank, world_size=world),  # type: ignore[arg-type]
+                    seed=5,
+                )
+            )
+            for rank in range(world)
+        ]
+        return [
+            [
+                row
+                for micro in range(accumulate)
+                for rank in range(world)
+                for row in ranks[rank][step * accumulate + micro]
+            ]
+            for step in range(config.steps - start)
+        ]
+
+    whole = steps(1, 1, 0)
+    assert any(row >= COUNT for rows in whole for row in rows)
+    for world, accumulate in ((2, 1), (1, 4), (2, 2)):
+        for start in (0, 5, 11):
+            assert steps(world, accumulate, start) == whole[start:]
+
+
 # -- kill and resume -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["stable_adamw", "adamw"])
-def test_stopped_at_any_step(fabric: Any, tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "augmented"), [("stable_adamw", False), ("adamw", False), ("adamw", True)]
+)
+def test_stopped_at_any_step(fabric: Any, tmp_path: Path, optimizer: str, augmented: bool) -> None:
     """Before, at and after a checkpoint, which stand behind steps 4, 9 and 11."""
     config = replace(CONFIG, optimizer=optimizer)
+    pictures = source(augmented=augmented)
     undisturbed = Toy()
-    train(undisturbed, source(), config, fabric=fabric, folder=tmp_path / "undisturbed")
+    train(undisturbed, pictures, config, fabric=fabric, folder=tmp_path / "undisturbed")
     folder = tmp_path / "stopped"
     for step in (1, 4, 5, 6, 9, 11):
         with pytest.raises(Stop):
-            train(stop_at(Toy(), step), source(), config, fabric=fabric, folder=folder)
+            train(stop_at(Toy(), step), pictures, config, fabric=fabric, folder=folder)
     model = Toy()
-    train(model, source(), config, fabric=fabric, folder=folder)
+    train(model, pictures, config, fabric=fabric, folder=folder)
     assert model.prepared == 0
     assert same(model, undisturbed)
     assert [line["step"] for line in log_of(folder)] == [3, 6, 9, 12]
@@ -248,7 +337,7 @@ def test_stopped_at_any_step(fabric: Any, tmp_path: Path, optimizer: str) -> Non
         "weights-12.safetensors",
     ]
     finished = stop_at(Toy(), 0)  # a kill after the training does not train again
-    train(finished, source(), config, fabric=fabric, folder=folder)
+    train(finished, pictures, config, fabric=fabric, folder=folder)
     assert not finished.training
     assert same(finished, undisturbed)
 
@@ -275,7 +364,7 @@ def test_stopped_between_the_two_files(fabric: Any, tmp_path: Path, monkeypatch:
 
 
 def test_killed_again_and_again(killer: Killer, tmp_path: Path) -> None:
-    """Six blocks of the cache and eight checkpoints of two files: 22 renamings."""
+    """Seven blocks of the cache and eight checkpoints of two files: 23 renamings."""
     undisturbed = training_kill.run(tmp_path / "undisturbed")
     moments = random.Random(2)
     kills = 0

@@ -33,7 +33,11 @@ def run(folder: Path, seed: int = 1) -> Toy:
     fabric = open_fabric(device="cpu")
     model = Toy()
     cached = CachedFeatures(
-        folder / "cache", {"data": "toy"}, source(unreadable=[5]), block=4, batch_size=2
+        folder / "cache",
+        {"data": "toy"},
+        source(unreadable=[6], augmented=True),
+        block=4,
+        batch_size=2,
     )
     train(model, cached, CONFIG, fabric=fabric, folder=folder / "training", seed=seed)
     return model

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from allgood.training.sources import OnlineFeatures
+from allgood.training.sources import OnlineFeatures, Views
 from allgood.types import Failure, Match, Prediction, TrainingBatch
 
 COUNT = 21
@@ -82,17 +82,31 @@ def source(
     count: int = COUNT,
     unreadable: Sequence[int] = (),
     reads: list[list[int]] | None = None,
+    augmented: bool = False,
 ) -> OnlineFeatures:
-    """Pictures in memory; `reads` collects what was asked for."""
-    images = pictures(count)
+    """Pictures in memory; `reads` collects what was asked for. Augmented, those of category 0 may
+    be mirrored, which the rows from `count` on show."""
+    images, shown = pictures(count), list(range(count))
+    shares: dict[int, dict[int, float]] = {}
+    if augmented:
+        for i in range(0, count, 3):
+            shares[i] = {i: 0.7, len(shown): 0.3}
+            shown.append(i)
+        images = torch.cat([images, images[::3].flip(-1)])
 
     def read(indices: Sequence[int]) -> tuple[tuple[Tensor, ...], list[int], list[Failure]]:
         if reads is not None:
             reads.append(list(indices))
-        readable = [i for i in indices if i not in unreadable]
-        failures = [Failure(Path(f"{i}.png"), "torn") for i in indices if i in unreadable]
+        readable = [i for i in indices if shown[i] not in unreadable]
+        failures = [
+            Failure(Path(f"{shown[i]}.png"), "torn") for i in indices if shown[i] in unreadable
+        ]
         return (images[readable],), readable, failures
 
     return OnlineFeatures(
-        read, encode or Toy().encode, torch.arange(count) % 3, torch.device("cpu")
+        read,
+        encode or Toy().encode,
+        torch.tensor(shown) % 3,
+        torch.device("cpu"),
+        Views(count, shares),
     )

@@ -18,7 +18,9 @@ def run(folder: Path, devices: int, accumulate: int = 1) -> Toy:
     model = Toy(dropout=0)
     fabric = open_fabric(device="cpu", devices=devices)
     config = replace(CONFIG, accumulate=accumulate)
-    train(model, source(unreadable=[2]), config, fabric=fabric, folder=folder, seed=4)
+    train(
+        model, source(unreadable=[2], augmented=True), config, fabric=fabric, folder=folder, seed=4
+    )
     return model
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from allgood.data.augmentation import Augmentation
+
 EMBEDDED = "efficientnet_lite0"
 NUMBERS = (
     "image_auroc",
@@ -44,6 +46,8 @@ class Recipe:
     """Of the detector, where they are not its defaults."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Of the training (`TrainConfig`), where they are not its defaults."""
+    augment: Mapping[str, Augmentation] = field(default_factory=dict)
+    """By category; those that the data do not have do not matter."""
     per_category: bool = False
     """One model per category instead of one for all."""
     data: str = ""

@@ -88,6 +88,7 @@ class CachedFeatures:
         """
         self.folder = _cache_folder(root, key)
         self.category = online.category
+        self.views = online.views
         self.device = online.device
         self._online = online
         self._block, self._batch_size, self._quiet = block, batch_size, quiet

@@ -1,7 +1,8 @@
 """The one training loop: any `Learner`, from any `Source`, resumed wherever it was killed.
 
-A step follows from (seed, step) and the weights alone: which pictures it sees, its random numbers
-and its learning rate. So a killed training that goes on ends with the weights of one that was not.
+A step follows from (seed, step) and the weights alone: which pictures it sees and in which view,
+its random numbers and its learning rate. So a killed training that goes on ends with the weights of
+one that was not.
 """
 
 from __future__ import annotations
@@ -81,10 +82,10 @@ def train(
 
 
 def _prepare(model: nn.Module, source: Source, batch_size: int) -> None:
-    """Show the learner every picture once, and so learn which of them cannot be read."""
+    """Show the learner every picture once, as it is, and so learn which of them cannot be read."""
     assert isinstance(model, Learner)
     model.eval()
-    everything = range(len(source))
+    everything = range(source.views.num_pictures)
     order = [everything[i : i + batch_size] for i in everything[::batch_size]]
     with torch.no_grad(), closing(source.batches(order)) as batches:
         readable = (batch for batch in batches if len(batch.index))
@@ -171,8 +172,12 @@ class _Forward(nn.Module):
 def _order(
     source: Source, config: TrainConfig, position: Position, fabric: Fabric, seed: int
 ) -> Iterator[list[int]]:
-    """The micro-batches of this process up to the last step; only pictures that can be read."""
-    readable = [i for i in range(len(source)) if i not in position.unreadable]
+    """The rows of this process's micro-batches up to the last step; only of pictures that can be
+    read."""
+    views = source.views
+    readable = [
+        i for i in range(views.num_pictures) if position.unreadable.keys().isdisjoint(views.rows(i))
+    ]
     order = batch_order(
         len(readable),
         config.batch_size,
@@ -182,8 +187,10 @@ def _order(
         world=fabric.world_size,
         accumulate=config.accumulate,
     )
-    for batch in islice(order, (config.steps - position.step) * config.accumulate):
-        yield [readable[i] for i in batch]
+    micro_batches = islice(order, (config.steps - position.step) * config.accumulate)
+    for number, batch in enumerate(micro_batches):
+        step = position.step + number // config.accumulate
+        yield [views.draw(readable[i], seed=seed, step=step) for i in batch]
 
 
 def _not_empty(batch: TrainingBatch) -> TrainingBatch:

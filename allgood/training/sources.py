@@ -1,10 +1,12 @@
 """Where training batches come from, and in which order.
 
-Letters: B images, H W pixels, N all training pictures.
+Letters: B images, H W pixels, N all training pictures, R >= N rows: the pictures as they are, and
+then further views of them (flipped, turned) where they are augmented.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import count as count_from
 from typing import Protocol, TypeVar
 
@@ -18,20 +20,48 @@ Item = TypeVar("Item")
 Read = TypeVar("Read")
 
 
+@dataclass(frozen=True)
+class Views:
+    """Which rows of a source show which picture."""
+
+    num_pictures: int
+    """N. The first N rows show each as it is."""
+    shares: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    """Of each augmented picture: row -> how often training sees that one; the sum is 1. The first
+    is the picture as it is."""
+
+    def rows(self, picture: int) -> Iterable[int]:
+        """All that show this picture."""
+        return self.shares.get(picture, (picture,))
+
+    def draw(self, picture: int, *, seed: int, step: int) -> int:
+        """The row that stands for the picture in a step; it follows from (seed, step, picture)."""
+        if picture not in self.shares:
+            return picture
+        left = seed_from("view", seed, step, picture) / 2**63  # uniform in [0, 1]
+        for row, share in self.shares[picture].items():
+            left -= share
+            if left < 0:
+                return row
+        return row  # the shares were rounded
+
+
 class Source(Protocol):
-    """All training pictures, as features."""
+    """All training pictures in all their views, as features."""
 
     category: Tensor
-    """(N,) int64."""
+    """(R,) int64."""
+    views: Views
+    """Which rows are one picture."""
     failures: dict[int, Failure]
-    """Index -> why, of the pictures that could not be read so far."""
+    """Row -> why, of those that could not be read so far."""
 
     def __len__(self) -> int:
-        """N, the unreadable ones included."""
+        """R, the unreadable ones included."""
         ...
 
     def batches(self, order: Iterable[Sequence[int]]) -> Generator[TrainingBatch, None, None]:
-        """One batch per list of indices, in order; closing the generator stops reading ahead.
+        """One batch per list of rows, in order; closing the generator stops reading ahead.
 
         Pictures that cannot be read are left out of their batch. If that leaves nothing, the
         batch comes without rows and without features, so the caller stays in step.
@@ -48,16 +78,19 @@ class OnlineFeatures:
         encode: Callable[..., tuple[Tensor, ...]],
         category: Tensor,
         device: torch.device,
+        views: Views | None = None,
     ) -> None:
         """
         Args:
-            read: indices -> what `encode` takes, (B, ...) each; the B indices that could be read;
+            read: rows -> what `encode` takes, (B, ...) each; the B rows that could be read;
                 and why the others could not, in their order. It is called from another thread.
             encode: as `Learner.encode`, which takes the image alone; others may take more.
-            category: (N,) int64 of all pictures.
+            category: (R,) int64 of all rows.
             device: of the encoder.
+            views: which rows are one picture; None: each is one of its own.
         """
         self.category = category
+        self.views = views or Views(len(category))
         self.failures: dict[int, Failure] = {}
         self.device = device
         self._read = read
