@@ -27,7 +27,7 @@ COMMANDS = {
     "filter": "train a CostFilter behind a fitted detector",
     "synthesize": "draw anomalies with masks into good pictures: a test set where none exists",
     "convert": "make a run of an official checkpoint",
-    "list": "name the detectors, encoders, recipes or data layouts",
+    "list": "name the detectors, encoders, recipes, filter presets or data layouts",
 }
 
 
@@ -67,12 +67,13 @@ def inspect(
         print(_json_line(inspection.to_json()), flush=True)
 
 
-def list_(what: Literal["detectors", "encoders", "recipes", "datasets"]) -> None:
+def list_(what: Literal["detectors", "encoders", "recipes", "presets", "datasets"]) -> None:
     """Name what can be asked for.
 
     Args:
         what: detectors (for --detector), encoders (for --encoder), recipes (for --recipe, with
-            the numbers their papers report) or datasets (for --layout).
+            the numbers their papers report), presets (for --preset of `allgood filter`) or
+            datasets (for --layout).
     """
     listing = _listing(what)
     width = max(len(name) for name in listing)
@@ -247,6 +248,10 @@ def _listing(what: str) -> dict[str, str]:
         from allgood.recipes import RECIPES
 
         return {name: recipe.describe() for name, recipe in RECIPES.items()}
+    if what == "presets":
+        from allgood.recipes.costfilter import FILTERS
+
+        return {name: preset.describe() for name, preset in FILTERS.items()}
     from allgood.data.readers import LAYOUTS
 
     return {name: layout.description for name, layout in LAYOUTS.items()}

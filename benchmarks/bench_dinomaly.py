@@ -17,19 +17,17 @@ Letters: B images, L kept layers, N tokens with prefix, P patches, C channels, h
 import argparse
 import math
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import timm
 import torch
 from plain_dinomaly import LEARNING_RATE, PlainDinomaly, PlainOptimizer
 from safetensors.torch import load_file, save_file
+from timing import CachedBatches, autocast, interleaved, print_ratios
 from torch import Tensor, nn
 
 from allgood.detectors.dinomaly import Dinomaly, DinomalyConfig
@@ -68,62 +66,7 @@ def trainable(model: PlainDinomaly | Dinomaly) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def autocast(device: torch.device, enabled: bool):
-    return torch.autocast(device.type, torch.bfloat16) if enabled else nullcontext()
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    synchronise(device)
-    started = time.perf_counter()
-    work()
-    synchronise(device)
-    return time.perf_counter() - started
-
-
-def interleaved(
-    sides: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of each side; the sides take turns, so that a busy machine slows all."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(rounds + 1):
-        for name, work in sides.items():
-            elapsed = seconds(work, device)
-            if round_:  # the first one warms up
-                times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def print_ratios(name: str, of: dict[str, float], against: tuple[str, ...], per: float) -> None:
-    """One line; `per` images or steps make one measurement."""
-    ratios = "".join(f"{of[other] / of[name]:>12.2f}" for other in against)
-    print(f"{name:<18}{of[name] / per:>12.3f}{per / of[name]:>12.2f}{ratios}", flush=True)
-
-
 # Training ---------------------------------------------------------------------------------------
-
-
-class CachedBatches:
-    """Group means kept as float16, and read back as the training does: by index, as float32."""
-
-    def __init__(self, groups: tuple[Tensor, ...], device: torch.device) -> None:
-        self.groups = tuple(group.half().cpu() for group in groups)
-        self.device = device
-
-    def batches(self, batch_size: int) -> Iterator[TrainingBatch]:
-        while True:
-            for index in torch.randperm(len(self.groups[0])).split(batch_size):
-                if len(index) == batch_size:
-                    yield self.batch(index)
-
-    def batch(self, index: Tensor) -> TrainingBatch:
-        features = tuple(group[index].to(self.device).float() for group in self.groups)
-        category = torch.zeros(len(index), dtype=torch.int64, device=self.device)
-        return TrainingBatch(features, category, index)
 
 
 class OurStep:

@@ -16,14 +16,12 @@ Letters: B images, h w grid of the finest level.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import autocast, interleaved
 from torch import Tensor, nn
 
 from allgood.detectors.minimaxad import MiniMaxAD, MiniMaxADConfig, adc_loss
@@ -129,29 +127,6 @@ def network(device: torch.device, *, merged: bool, plain: bool) -> Any:
     if plain:
         made_plain(model)
     return model
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def interleaved(
-    sides: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of each side; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(rounds + 1):
-        for name, work in sides.items():
-            elapsed = seconds(work, device)
-            if round_:
-                times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def report(median: dict[str, float], ours: str, images: int, asked: float | None = None) -> None:
@@ -300,8 +275,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
     def judged(name: str, image: Tensor, half: bool) -> None:
         model = models[name]
-        cast = torch.autocast(device.type, torch.float16) if half else nullcontext()
-        with cast:
+        with autocast(device, half, torch.float16):
             levels = model.encode(image)
             if name == "MiniMaxAD-N":
                 model._judge(levels)

@@ -10,12 +10,11 @@ projection. Both sides in turn, medians.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from timing import interleaved
 from torch import Tensor
 
 from allgood.detectors.unias import PatchEmbedding, UniAS, UniASConfig
@@ -49,19 +48,17 @@ def plain() -> Iterator[None]:
 
 def compare(run: Callable[[], Tensor], rounds: int) -> tuple[Tensor, Tensor]:
     """Print the times; what ours and the plain side answer."""
-    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
     answers: dict[str, Tensor] = {}
-    for number in range(rounds + 1):  # the first is a warm-up
-        for side in seconds:
-            started = time.perf_counter()
-            if side == "ours":
-                answers[side] = run()
-            else:
-                with plain():
-                    answers[side] = run()
-            if number:
-                seconds[side].append(time.perf_counter() - started)
-    ours, other = (statistics.median(seconds[side]) for side in ("ours", "plain"))
+
+    def as_ours() -> None:
+        answers["ours"] = run()
+
+    def as_authors() -> None:
+        with plain():
+            answers["plain"] = run()
+
+    sides = {"ours": as_ours, "plain": as_authors}
+    ours, other = interleaved(sides, rounds, torch.device("cpu")).values()
     print(f"ours {ours:.3f} s, plain {other:.3f} s, ratio {other / ours:.2f}")
     return answers["ours"], answers["plain"]
 

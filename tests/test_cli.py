@@ -15,6 +15,7 @@ from doors import TINY, Answer, Command
 from rich.console import Console
 
 from allgood import __version__, progress
+from allgood.recipes.costfilter import FILTERS
 
 pytest_plugins = ["doors_fixtures"]
 
@@ -91,6 +92,15 @@ def test_list(allgood: Command) -> None:
     assert "patchcore" in allgood("list", "detectors").out
     assert allgood("list", "encoders").out.startswith("efficientnet_lite0 ")
     assert "mvtec" in allgood("list", "datasets").out
+    lines = allgood("list", "presets").out.splitlines()
+    assert [line.split()[0] for line in lines] == list(FILTERS)
+    (line,) = (line for line in lines if line.startswith("reference-dinomaly "))
+    assert "behind dinomaly: full network, 5100 steps of 12 pictures, fusion 0.05" in line
+
+
+@pytest.mark.parametrize("what", ["recipes", "presets"])
+def test_listing_recipes_loads_nothing_heavy(what: str) -> None:
+    assert not loaded_by(["list", what]) & {"torch", "numpy", "PIL"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from allgood.data.files import did_you_mean
 from allgood.types import InputError
 
 
@@ -28,6 +27,14 @@ class FilterRecipe:
     """Of the training (`TrainConfig`)."""
     draws: int
     """Synthetic versions of each picture: the epochs that the authors trained on MVTec AD."""
+
+    def describe(self) -> str:
+        """One line: the host, the network, the training and the filter's share of the map."""
+        train, settings = self.train, self.settings
+        return (
+            f"filter behind {self.host}: {settings['size']} network, {train['steps']} steps of "
+            f"{train['batch_size']} pictures, fusion {settings['fusion']:g}"
+        )
 
 
 _ADAM = {
@@ -119,6 +126,8 @@ FILTERS: dict[str, FilterRecipe] = {
 def find_filter(name: str) -> FilterRecipe:
     """Raises InputError where there is no such preset; the message suggests the nearest."""
     if name not in FILTERS:
+        from allgood.data.files import did_you_mean  # not for a listing: it loads image readers
+
         raise InputError(
             f"unknown preset '{name}'{did_you_mean(name, list(FILTERS)) or ';'} "
             f"known: {', '.join(FILTERS)}"
