@@ -48,8 +48,8 @@ def _two(image_auroc: float, aupro: float) -> dict[str, float]:
 
 
 RECIPES: dict[str, Recipe] = {
-    "minimaxad": _MINIMAXAD,
-    "minimaxad_fp": replace(_MINIMAXAD, settings=_FP),
+    "minimaxad": replace(_MINIMAXAD, note="fr: many categories or much variation"),
+    "minimaxad_fp": replace(_MINIMAXAD, settings=_FP, note="little variation: the global loss"),
     # One model for all categories.
     "minimaxad_mvtec_ad": _minimaxad(
         "MVTec AD",

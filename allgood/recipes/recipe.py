@@ -50,6 +50,8 @@ class Recipe:
     """By category; those that the data do not have do not matter."""
     per_category: bool = False
     """One model per category instead of one for all."""
+    note: str = ""
+    """What else one should know before choosing it."""
     data: str = ""
     """What the paper's numbers were measured on."""
     source: str = ""
@@ -59,7 +61,7 @@ class Recipe:
 
     def describe(self) -> str:
         """One line: detector and encoder, and what the paper reports."""
-        line = f"{self.detector} on {self.encoder}"
+        line = f"{self.detector} on {self.encoder}" + (f"; {self.note}" if self.note else "")
         if not self.reported:
             return line
         numbers = ", ".join(f"{name} {value:g}" for name, value in self.reported.items())

@@ -58,9 +58,12 @@ def _published(
 
 RECIPES: dict[str, Recipe] = {
     "unias": _UNIAS,
-    # For a CPU: half the width, a quarter of the feed-forward and no level of stride 2. It is not
-    # the paper's model, and no published number is its own.
-    "unias_light": replace(_UNIAS, levels=(1, 2, 3), settings={"width": 128, "ffn": 512}),
+    "unias_light": replace(
+        _UNIAS,
+        levels=(1, 2, 3),
+        settings={"width": 128, "ffn": 512},
+        note="for a CPU, not the paper's model: half the width, no level of stride 2",
+    ),
     # The readme of the code says pixel AUROC 98.29, pixel AP 63.53 and DSC 58.83.
     "unias_mvtec_ad": _published(
         "MVTec AD",
