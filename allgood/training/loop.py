@@ -151,7 +151,7 @@ def _run_steps(
             if save_due:
                 keeper.save(done)
     for logger in fabric.loggers:
-        logger.save()
+        logger.finalize("success")  # `save` would not wait for what is still queued
 
 
 class _Forward(nn.Module):
