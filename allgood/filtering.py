@@ -18,10 +18,11 @@ from allgood.types import InputError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
 
     from allgood.costfilter.filtered import FilterConfig, FilteredDetector
-    from allgood.data.synthesis import Synthesizer
+    from allgood.drawing import Drawings
     from allgood.inference import Inspector
     from allgood.learning import Training
     from allgood.types import Failure, Sample
@@ -109,8 +110,10 @@ def filter(
     from allgood.data.fingerprint import fingerprint
     from allgood.data.foreground import choose_foreground
     from allgood.data.synthesis import SynthesisConfig, Synthesizer, reference_config
+    from allgood.drawing import Drawings
     from allgood.inference import Inspector, require_at_least
     from allgood.learning import default_cache_root, open_training
+    from allgood.pictures import Pictures
     from allgood.progress import say
     from allgood.recipes import configured
     from allgood.recipes.costfilter import find_filter
@@ -169,7 +172,11 @@ def filter(
         name: choose_foreground(_some_pictures(taught, name)) for name in inspector.categories
     }
     synthesizer = Synthesizer(synthesis_config, seed=seed, foreground=foreground)
-    drawing = _Drawing(taught, draws, inspector, synthesizer, config.mask_side)
+
+    def drawings(samples: Sequence[Sample], draws: int) -> Drawings:
+        pictures = Pictures(samples, inspector.transform, inspector.ignore)
+        return Drawings(pictures, inspector.categories, draws, synthesizer, config.mask_side)
+
     image_size = inspector.transform.input_size(*_picture(taught[0]).shape[:2])
     channels, grid = shape_of_match(inspector.detector, image_size, inspector.device)
     grid = volume_grid(config, grid)
@@ -200,9 +207,10 @@ def filter(
     with making(out, request, overwrite) as state:
         new = state / "run"
         if not is_finished(new):
-            failures = _train(model, drawing, training, state / "training", key, batch_size, seed)
-            unseen = _Drawing(held_out, VALIDATION_DRAWS, inspector, synthesizer, config.mask_side)
-            table = _validate(model, unseen, image_size, batch_size, fusion)
+            seen, folder = drawings(taught, draws), state / "training"
+            failures = _train(model, seen, training, folder, key, batch_size, seed)
+            unseen = drawings(held_out, VALIDATION_DRAWS)
+            table = _validate(model, unseen, image_size, batch_size, fusion, inspector.device)
             facts = {
                 "command": command_line(filter, arguments),
                 "host": str(run),
@@ -217,95 +225,11 @@ def filter(
             new.mkdir()
             # With the fusion that was chosen.
             settled = {**wanted, "settings": asdict(model.config)}
-            _write_run(new, model, inspector, settled, facts, state / "training")
+            _write_run(new, model, inspector, settled, facts, folder)
             _calibrate(new, fresh, max_false_alarm, device)
             finish(new)
     say(f"a filter behind {run}, from {len(taught)} good pictures, in {out}")
     return out
-
-
-class _Drawing:
-    """Good pictures, each in so many drawings: some as they are, some with painted anomalies."""
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        draws: int,
-        inspector: Inspector,
-        synthesizer: Synthesizer,
-        mask_side: int,
-    ) -> None:
-        self.samples, self.draws, self.inspector = samples, draws, inspector
-        self.synthesizer, self.mask_side = synthesizer, mask_side
-
-    def __len__(self) -> int:
-        return self.draws * len(self.samples)
-
-    def category(self) -> Tensor:
-        """(draws * samples,) int64; drawing by drawing, all pictures of one after each other."""
-        import torch
-
-        index = [self.inspector.index_of(sample.category) for sample in self.samples]
-        return torch.tensor(index).repeat(self.draws)
-
-    def read(self, indices: Sequence[int]) -> tuple[tuple[Tensor, ...], list[int], list[Failure]]:
-        """Drawings -> what `FilteredDetector.encode` takes; see `OnlineFeatures`."""
-        import torch
-
-        from allgood.ignored import hide, to_inputs
-        from allgood.layers.patch_store import image_number
-        from allgood.types import Failure
-
-        images, masks, numbers, readable = [], [], [], []
-        failures: list[Failure] = []
-        sizes, names = [], []
-        for index in indices:
-            draw, place = divmod(index, len(self.samples))
-            sample = self.samples[place]
-            try:
-                picture, size = self._read_resized(sample)
-            except InputError as error:
-                failures.append(Failure(sample.path, str(error)))
-                continue
-            drawn = self.synthesizer.draw(
-                picture, category=sample.category, picture=sample.id, index=draw
-            )
-            images.append(torch.from_numpy(drawn.image).permute(2, 0, 1))
-            masks.append(torch.from_numpy(drawn.mask))
-            numbers.append(image_number(sample.id))
-            names.append(sample.category)
-            sizes.append(size)
-            readable.append(index)
-        if not readable:
-            return (), [], failures
-        image = torch.stack(images).float() / 255
-        mask = torch.stack(masks)[:, None]
-        if self.inspector.ignore:
-            ignore = to_inputs(self.inspector.ignore, names, sizes, self.inspector.transform)
-            image, mask = hide(image, ignore), mask & ~ignore
-        category = torch.tensor([self.inspector.index_of(name) for name in names])
-        return (
-            (image, _shrunk(mask, self.mask_side), category, torch.tensor(numbers)),
-            readable,
-            failures,
-        )
-
-    def _read_resized(self, sample: Sample) -> tuple[np.ndarray, tuple[int, int]]:
-        import numpy as np
-
-        from allgood.data.images import read_image
-
-        picture = read_image(sample.path)
-        resized = self.inspector.transform.resize(picture).permute(1, 2, 0).numpy()
-        return np.ascontiguousarray(resized), (picture.shape[0], picture.shape[1])
-
-
-def _shrunk(mask: Tensor, side: int) -> Tensor:
-    """(B, 1, H, W) bool -> (B, 1, side, side): pixels of which a third is painted, so that thin
-    lines stay."""
-    import torch.nn.functional as F
-
-    return F.interpolate(mask.float(), (side, side), mode="area") > 0.3
 
 
 def _some_pictures(samples: Sequence[Sample], category: str, count: int = 12) -> list[np.ndarray]:
@@ -403,7 +327,7 @@ def _picture(sample: Sample) -> np.ndarray:
 
 def _train(
     model: FilteredDetector,
-    drawing: _Drawing,
+    drawings: Drawings,
     training: Training,
     folder: Path,
     key: Mapping[str, Any],
@@ -421,7 +345,7 @@ def _train(
 
     fabric = training.fabric
     model.to(fabric.device)
-    online = OnlineFeatures(drawing.read, model.encode, drawing.category(), fabric.device)
+    online = OnlineFeatures(drawings.read, model.encode, drawings.category(), fabric.device)
     source = cached(online, training, key, batch_size) or online
     train(model, source, training.config, fabric=fabric, folder=folder, seed=seed)
     return list({failure.path: failure for failure in source.failures.values()}.values())
@@ -429,10 +353,11 @@ def _train(
 
 def _validate(
     model: FilteredDetector,
-    drawing: _Drawing,
+    drawings: Drawings,
     image_size: tuple[int, int],
     batch_size: int,
     fusion: Literal["fixed", "auto"],
+    device: torch.device,
 ) -> dict[str, Any]:
     """Measure on drawings kept from training, and set the fusion if that was asked for.
 
@@ -446,9 +371,8 @@ def _validate(
     from allgood.training.sources import OnlineFeatures
 
     model.eval()
-    device = drawing.inspector.device
     encode = partial(model.encode, whole=True)
-    source = OnlineFeatures(drawing.read, encode, drawing.category(), device)
+    source = OnlineFeatures(drawings.read, encode, drawings.category(), device)
     tables: dict[str, Any] = {}
     for i, name in enumerate(model.categories):
         own = (source.category == i).nonzero().flatten().tolist()
@@ -457,8 +381,8 @@ def _validate(
         if table is not None:
             tables[name] = table
     facts: dict[str, Any] = {
-        "pictures": len(drawing.samples),
-        "draws": drawing.draws,
+        "pictures": len(drawings.pictures.samples),
+        "draws": drawings.draws,
         "categories": tables,
     }
     if not tables:

@@ -30,6 +30,7 @@ ROOMS = {
     "unfinished": {"types", "runs", "allgood"},
     "ignored": {"types", "data", "runs"},
     "pictures": {"types", "data", "ignored"},
+    "drawing": {"types", "data", "layers", "ignored", "pictures"},
     "progress": set(),
     "own_state": set(),
     "training": {"types", "runs", "progress", "own_state"},
@@ -52,7 +53,8 @@ DOORS = {
         *("banking", "learning"),
     },
     "filtering": {
-        *("types", "data", "layers", "costfilter", "recipes", "runs", "progress", "unfinished"),
+        *("types", "data", "drawing", "pictures", "costfilter", "recipes", "runs", "progress"),
+        "unfinished",
         *("ignored", "own_state", "training", "inference", "calibrating", "learning"),
     },
     "converting": {
