@@ -81,6 +81,7 @@ def evaluate(
     """
     started = time.monotonic()
     arguments = dict(locals())
+    from allgood.evaluation.protocol import protocol
     from allgood.evaluation.report import write_report
     from allgood.inference import Inspector, require_at_least
     from allgood.progress import say
@@ -104,7 +105,14 @@ def evaluate(
     content = _content(
         inspector,
         judged,
-        protocol=_protocol(inspector, judged, pixel_size, infer_category, num_seen),
+        protocol=protocol(
+            inspector.config,
+            judged,
+            num_calibration=_num_calibration(inspector),
+            pixel_size=pixel_size,
+            infer_category=infer_category,
+            num_seen=num_seen,
+        ),
         gallery=_gallery(inspector, judged, infer_category),
         command=command_line(evaluate, arguments),
         samples=samples,
@@ -335,6 +343,12 @@ def _part_result(judged: Judged, category: str, which: int) -> CategoryResult:
     )
 
 
+def _num_calibration(inspector: Inspector) -> int | None:
+    """How many good pictures are behind the thresholds; None without any."""
+    calibration = inspector.calibration
+    return None if calibration is None else sum(map(len, calibration.image_scores.values()))
+
+
 def _calibration_scores(inspector: Inspector, judged: Judged, row: str | None) -> list[float]:
     """Scores of the calibration pictures; pooled, only if every category has some."""
     calibration = inspector.calibration
@@ -430,86 +444,6 @@ def _gallery_item(
         overlay=inspector.overlay(inspection, picture),
         outline=outline,
         p_value=inspection.p_value,
-    )
-
-
-def _protocol(
-    inspector: Inspector, judged: Judged, pixel_size: int, infer_category: bool, num_seen: int
-) -> list[str]:
-    """How it was measured, in sentences for the report and metrics.json."""
-    config = inspector.config
-    sentences = [
-        f"One model over {len(inspector.categories)} categories, fitted on "
-        f"{config['data']['fitted_pictures']} good pictures; no defective picture and no test "
-        "picture was used in fitting or in setting thresholds."
-        if "official" not in config
-        else f"One model over {len(inspector.categories)} categories, converted from "
-        f"{config['official']}; which pictures it was trained on is not recorded."
-    ]
-    if "filter" in config:
-        sentences.append(_filter_sentence(config["filter"]))
-    if inspector.calibration is not None:
-        count = sum(map(len, inspector.calibration.image_scores.values()))
-        sentences.append(
-            f"Alarm thresholds come from {count} good pictures that the model was not fitted on "
-            "(split-conformal, per category); the pooled row has one threshold for all."
-        )
-    else:
-        sentences.append("The run is not calibrated: no alarms, ranking metrics only.")
-    if infer_category:
-        right = sum(
-            sample.category == name
-            for sample, name in zip(judged.samples, judged.judged_as, strict=True)
-        )
-        sentences.append(
-            f"The category was inferred from each picture, rightly for {right} of "
-            f"{len(judged.samples)}."
-        )
-    else:
-        sentences.append("The category of each picture was known.")
-    size = f"{pixel_size} x {pixel_size}" if pixel_size else "each picture's own size"
-    sentences.append(
-        f"Pixel metrics at {size}, over all test pictures whose mask is known, good ones included; "
-        "masks binarised at their own size and resized with nearest; AUPRO is the exact area up to "
-        "a false-positive rate of 0.3 over 8-connected regions, divided by 0.3; DSC at the "
-        "threshold where precision + recall is largest (UniAS)."
-    )
-    sentences.append("Category numbers are averaged without weights.")
-    parted = sorted({s.category for s in judged.samples if "domain" in s.meta})
-    if parted:
-        sentences.append(
-            f"Test pictures of {', '.join(parted)} are measured in each domain by itself, and the "
-            "category counts as the mean of its domains; AUPRO per image is that of each "
-            "defective picture alone, at 200 thresholds, as some papers report it."
-        )
-    if num_seen:
-        sentences.append(
-            f"{num_seen} test pictures were left out: the run was fitted or calibrated on them."
-        )
-    for root, layout in config["data"]["layouts"].items():
-        if layout == "elpv":
-            sentences.append(
-                f"{root}: good is defect probability 0, defective is 1; cells between are left "
-                "out. Cells that stand together in the list stay on one side of the split."
-            )
-    return sentences
-
-
-def _filter_sentence(behind: Mapping[str, Any]) -> str:
-    share = f"{behind['settings']['fusion']:g} of the map is the filter's"
-    if "official" in behind:
-        return (
-            f"Behind the detector stands a CostFilter converted from {behind['official']}; "
-            f"{share}, as its authors chose on their test pictures."
-        )
-    how = (
-        "chosen on other synthetic pictures"
-        if behind.get("fusion") == "auto"
-        else "fixed beforehand"
-    )
-    return (
-        f"Behind the detector stands a CostFilter that has learned synthetic anomalies in "
-        f"{behind['pictures']} of the same good pictures; {share}, {how}."
     )
 
 

@@ -26,6 +26,7 @@ from allgood.encoders.unireplknet import Block, ChannelNorm, ConvNorm, channel_n
 from allgood.layers.categories import CategoryReferences, global_feature
 from allgood.layers.cosine import cosine_distance, reverse_distillation_loss
 from allgood.layers.derived import Derived
+from allgood.layers.pyramid import require_halving, require_multiple
 from allgood.scoring import (
     gaussian_kernel,
     gaussian_smooth,
@@ -80,19 +81,12 @@ class MiniMaxAD(nn.Module):
         super().__init__()
         if isinstance(encoder, TiledEncoder):
             raise InputError("minimaxad compares whole images and takes no tiles: leave out --tile")
-        strides = encoder.strides
-        if len(strides) != 3 or strides[1] != 2 * strides[0] or strides[2] != 2 * strides[1]:
-            raise InputError(
-                "minimaxad reads three levels, each of twice the stride of the one before, but "
-                f"'{encoder.config.name}' gives strides {', '.join(map(str, strides))}: choose a "
-                "convolutional --encoder with --levels 1,2,3, or unireplknet_n with --levels 0,1,2"
-            )
+        require_halving("minimaxad", encoder)
         self.config = config
         self.encoder = encoder
         self.categories = categories
         self.encoding = "levels, normalised over channels"
-        self.multiple = 2 * strides[-1]
-        """The bottleneck halves the deepest grid once more, and the decoder must meet it again."""
+        self.multiple = 2 * encoder.strides[-1]
         self.references = CategoryReferences(len(categories), encoder.channels[-1])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -104,12 +98,7 @@ class MiniMaxAD(nn.Module):
 
     def encode(self, image: Tensor) -> tuple[Tensor, ...]:
         """The encoder's levels, each position normalised over its channels: 3 x (B, C, h, w)."""
-        height, width = image.shape[-2:]
-        if height % self.multiple or width % self.multiple:
-            raise InputError(
-                f"minimaxad needs images whose sides are multiples of {self.multiple}, "
-                f"got {height} x {width}: choose another --image-size"
-            )
+        require_multiple("minimaxad", image, self.multiple)
         return tuple(channel_norm(level) for level in self.encoder(image))
 
     def decode(self, levels: Sequence[Tensor]) -> list[Tensor]:

@@ -21,6 +21,7 @@ from allgood.encoders.tiled import Encoder
 from allgood.layers.categories import CategoryReferences, global_feature
 from allgood.layers.cosine import cosine_distance, reverse_distillation_loss
 from allgood.layers.derived import Derived
+from allgood.layers.pyramid import require_halving, require_multiple
 from allgood.scoring import gaussian_smooth, hidden_patches, hidden_pixels, resize_map
 from allgood.types import InputError, Match, Prediction, TrainingBatch
 
@@ -55,19 +56,12 @@ class RD4AD(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        strides = encoder.strides
-        if len(strides) != 3 or strides[1] != 2 * strides[0] or strides[2] != 2 * strides[1]:
-            raise InputError(
-                "rd4ad reads three levels, each of twice the stride of the one before, but "
-                f"'{encoder.config.name}' gives strides {', '.join(map(str, strides))}: "
-                "choose a convolutional --encoder with --levels 1,2,3"
-            )
+        require_halving("rd4ad", encoder)
         self.config = config
         self.encoder = encoder
         self.categories = categories
         self.encoding = "levels"
-        self.multiple = 2 * strides[-1]
-        """The embedding halves the deepest grid once more, and the decoder must meet it again."""
+        self.multiple = 2 * encoder.strides[-1]
         self.references = CategoryReferences(len(categories), encoder.channels[-1])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -79,12 +73,7 @@ class RD4AD(nn.Module):
 
     def encode(self, image: Tensor) -> tuple[Tensor, ...]:
         """The three levels E1, E2, E3, shallow first: (B, C, h, w) each."""
-        height, width = image.shape[-2:]
-        if height % self.multiple or width % self.multiple:
-            raise InputError(
-                f"rd4ad needs images whose sides are multiples of {self.multiple}, "
-                f"got {height} x {width}: choose another --image-size"
-            )
+        require_multiple("rd4ad", image, self.multiple)
         return tuple(self.encoder(image))
 
     def decode(self, levels: Sequence[Tensor]) -> list[Tensor]:
