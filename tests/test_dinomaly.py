@@ -273,11 +273,11 @@ def test_what_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shaken(small(StubEncoder(16, levels=2), dropout=0.3))
     seen: list[tuple[Tensor, float, bool]] = []
 
-    def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
-        seen.append((x.detach(), p, training))
+    def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
+        seen.append((x.detach(), probability, training))
         return x
 
-    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr("allgood.detectors.dinomaly.dropout", dropout)
     x = noise(2, 11, 16)
     for training in (True, False):
         seen.clear()

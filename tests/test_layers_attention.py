@@ -116,6 +116,41 @@ def test_softmax_attention_is_the_plain_formula(masked: bool) -> None:
     assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_softmax_attention_below_float32_is_the_plain_formula(masked: bool) -> None:
+    """Where gradients are asked for, it is computed step by step."""
+    inputs = [t.bfloat16() for t in tensors(2, 3, 21, 8)]
+    mask = random_mask(21) if masked else None
+    exact = [t.double().requires_grad_() for t in inputs]
+    rounded = [t.requires_grad_() for t in inputs]
+    expected = by_definition(*exact, mask, softmax=True)
+    found = softmax_attention(*rounded, mask=mask)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.03)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
+    (expected * weight).sum().backward()
+    (found * weight).sum().backward()
+    for ours, theirs in zip(rounded, exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        apart = (ours.grad.double() - theirs.grad).norm()
+        assert apart < 0.02 * theirs.grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_falls_on_the_softmax(dtype: torch.dtype) -> None:
+    query, key, _ = tensors(2, 3, 40, 8)
+    query, key = query.to(dtype).requires_grad_(), key.to(dtype)
+    reading = torch.eye(40, dtype=dtype).expand(2, 3, 40, 40)  # the values' sum is the weights
+    whole = softmax_attention(query, key, reading).float()
+    torch.manual_seed(0)
+    weight = softmax_attention(query, key, reading, probability=0.25).float()
+    kept = weight != 0
+    assert abs(kept.float().mean() - 0.75) < 0.02
+    torch.testing.assert_close(
+        weight[kept], whole[kept] / 0.75, rtol=0.03 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("grid", [(6, 6), (3, 7), (9, 4)])
 @pytest.mark.parametrize("size", [1, 3, 5])
 @pytest.mark.parametrize("num_prefix", [0, 1, 5])

@@ -173,17 +173,17 @@ def test_dropout_is_where_the_reference_has_it(monkeypatch: pytest.MonkeyPatch) 
     layer = EncoderLayer(8, 2, 24, 0.3)
     seen: list[tuple[int, ...]] = []
 
-    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
         if training:
-            assert p == 0.3
+            assert probability == 0.3
             seen.append(tuple(x.shape))
         return x
 
-    monkeypatch.setattr(nn.functional, "dropout", dropout)
+    for module in ("dropout", "attention"):
+        monkeypatch.setattr(f"allgood.layers.{module}.dropout", dropout)
     x, position = noise(2, 12, 8), noise(12, 8)
     layer(x, position)
-    assert seen == [(2, 12, 8), (2, 12, 24), (2, 12, 8)]
-    assert layer.attention.dropout == 0.3  # inside the fused attention
+    assert seen == [(2, 2, 12, 12), (2, 12, 8), (2, 12, 24), (2, 12, 8)]
     seen.clear()
     layer.eval()(x, position)
     assert not seen

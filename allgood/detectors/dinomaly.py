@@ -24,6 +24,7 @@ from allgood.encoders.tiled import Encoder
 from allgood.layers.attention import linear_attention, neighbour_mask, softmax_attention
 from allgood.layers.categories import CategoryReferences, global_feature
 from allgood.layers.cosine import cosine_distance
+from allgood.layers.dropout import dropout
 from allgood.layers.tokens import feature_jitter
 from allgood.scoring import gaussian_kernel, hidden_patches, hidden_pixels, top_fraction_mean
 from allgood.types import InputError, Match, Prediction, TrainingBatch
@@ -256,9 +257,9 @@ class NoisyBottleneck(nn.Module):
             kept = torch.rand(x.shape[:2], device=x.device) >= self.config.patch_masking
             kept[:, :num_prefix] = True
             x = x * kept.unsqueeze(-1)
-        x = F.dropout(x, rate, self.training)
-        x = F.dropout(F.gelu(self.fc1(x)), rate, self.training)
-        return F.dropout(self.fc2(x), rate, self.training)
+        x = dropout(x, rate, self.training)
+        x = dropout(F.gelu(self.fc1(x)), rate, self.training)
+        return dropout(self.fc2(x), rate, self.training)
 
 
 class DecoderBlock(nn.Module):

@@ -24,6 +24,7 @@ from allgood.encoders.frozen import FrozenEncoder
 from allgood.encoders.tiled import Encoder
 from allgood.layers.categories import CategoryReferences, global_feature
 from allgood.layers.codebook import Codebooks, transport_cost
+from allgood.layers.dropout import Dropout
 from allgood.layers.tokens import (
     EncoderLayer,
     FeedForward,
@@ -279,7 +280,7 @@ class DecoderLayer(nn.Module):
         self.cross_attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
         self.cross_norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, hidden, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, memory: Tensor, position: Tensor) -> Tensor:
         """

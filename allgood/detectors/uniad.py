@@ -19,6 +19,7 @@ from allgood.encoders.frozen import FrozenEncoder
 from allgood.encoders.tiled import Encoder
 from allgood.layers.attention import neighbour_mask
 from allgood.layers.categories import CategoryReferences, global_feature
+from allgood.layers.dropout import Dropout
 from allgood.layers.tokens import (
     EncoderLayer,
     FeedForward,
@@ -197,7 +198,7 @@ class DecoderLayer(nn.Module):
         self.memory_norm = nn.LayerNorm(width)
         self.output_attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
         self.output_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.feed_forward = FeedForward(width, hidden, dropout)
 
     def forward(

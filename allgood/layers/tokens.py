@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allgood.layers.attention import softmax_attention
+from allgood.layers.dropout import Dropout
+
 
 def align_levels(levels: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
     """All levels on one grid, side by side: L x (B, C_l, h_l, w_l) -> (B, sum of C_l, h, w).
@@ -66,13 +69,19 @@ def attend(
     value: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Multi-head attention of (B, N, D) with `batch_first`.
+    """Multi-head attention of (B, N, D), with the weights of `attention`.
 
     Args:
-        mask: (N, M) bool, True where query i may see key m, as `neighbour_mask` gives it.
+        mask: (N, N) bool, True where query i may see key n, as `neighbour_mask` gives it.
     """
-    hidden = None if mask is None else ~mask
-    out: Tensor = attention(query, key, value, attn_mask=hidden, need_weights=False)[0]
+    weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    q, k, v = (
+        F.linear(x, weight, bias).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+        for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    )
+    probability = attention.dropout if attention.training else 0.0
+    attended = softmax_attention(q, k, v, mask=mask, probability=probability)
+    out: Tensor = attention.out_proj(attended.transpose(1, 2).flatten(2))
     return out
 
 
@@ -84,7 +93,7 @@ class FeedForward(nn.Module):
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.linear2(self.dropout(F.relu(self.linear1(x))))
@@ -98,7 +107,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.feed_forward = FeedForward(width, hidden, dropout)
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
