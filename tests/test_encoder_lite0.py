@@ -108,7 +108,9 @@ def test_normalisation_and_default_levels() -> None:
     encoder = FrozenEncoder()
     assert encoder.mean.flatten().tolist() == encoder.std.flatten().tolist() == [0.5] * 3
     assert (encoder.levels, encoder.strides) == ((2, 3), (8, 16))
-    assert sum(p.numel() for p in encoder.backbone.parameters()) == 700_768
+    folded = sum(m.out_channels for m in encoder.modules() if isinstance(m, nn.Conv2d))
+    # Each norm's scale went into its convolution's weights, its shift became the bias.
+    assert sum(p.numel() for p in encoder.backbone.parameters()) + folded == 700_768
 
 
 def fake_package(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:

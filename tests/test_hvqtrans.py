@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from b4 import b4_shapes
 from doors import Command, draw_tree
 from fill import fill_state
+from safetensors.torch import save_file
 from test_hvqtrans_golden import Levels, official_shapes
 from tiny import CATEGORIES, picture, random_encoder, with_defect
 from torch import Tensor
@@ -24,6 +25,7 @@ from allgood.encoders.tiled import TiledEncoder
 from allgood.inference import Inspector
 from allgood.layers.codebook import Codebooks, nearest_code, transport_cost
 from allgood.layers.tokens import align_levels
+from allgood.official.efficientnet import ENCODER, from_lukemelas
 from allgood.official.hvqtrans import from_official
 from allgood.recipes import RECIPES, configured
 from allgood.training.config import TrainConfig
@@ -609,8 +611,10 @@ def test_a_converted_run_keeps_the_authors_codes(allgood: Command, tmp_path: Pat
             name = f"quantize_list_{level}.{c}"
             assert torch.equal(codebooks.codes[c], state[f"{name}.embed"].T)
             assert torch.equal(codebooks.counts[c], state[f"{name}.cluster_size"])
-    stem = detector.encoder.backbone.conv_stem.weight
-    assert torch.equal(stem, state["enc._conv_stem.weight"])
+    backbone = {n.removeprefix("enc."): x for n, x in state.items() if n.startswith("enc.")}
+    save_file(from_lukemelas(backbone), tmp_path / "encoder.safetensors")
+    config = replace(ENCODER, weights=str(tmp_path / "encoder.safetensors"))
+    assert detector.encoder.digest == FrozenEncoder(config).digest
     picture = next((data / "wood" / "test" / "good").iterdir())
     (record,) = allgood("inspect", run, picture).records
     assert math.isfinite(record["image_score"])

@@ -15,11 +15,11 @@ from typing import Any, Literal, cast
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from allgood.encoders import efficientnet, lite0, unireplknet
+from allgood.encoders.folding import fold_batch_norms, fold_layer_scales
 from allgood.types import InputError
 
 EMBEDDED = "efficientnet_lite0"
@@ -98,11 +98,12 @@ class FrozenEncoder(nn.Module):
         self.num_prefix = int(getattr(self.backbone, "num_prefix_tokens", 0))
         self.digest = _digest(self.backbone.state_dict())
         self.requires_grad_(False)
-        if self.is_vit:
-            _fold_layer_scale(self.backbone)
+        self.eval()
         if isinstance(self.backbone, unireplknet.UniRepLKNet):
             unireplknet.merge(self.backbone)
-        self.eval()
+        else:
+            fold_batch_norms(self.backbone, self.levels)
+            fold_layer_scales(self.backbone)
         self.to(memory_format=torch.channels_last)
         self._native_position: Tensor | None = None
         if self.is_vit and _is_dinov2(config.name):
@@ -218,21 +219,6 @@ def dinov2_position_embedding(
         square, scale_factor=((height + 0.1) / side, (width + 0.1) / side), mode="bicubic"
     )
     return torch.cat([prefix, resized.permute(0, 2, 3, 1).reshape(1, height * width, -1)], dim=1)
-
-
-def _fold_layer_scale(backbone: Any) -> None:
-    """Multiply a ViT's layer scales into the matrices before them: the same function, fewer
-    passes over the tokens."""
-    for block in getattr(backbone, "blocks", ()):
-        for scale, before in (("ls1", ("attn", "proj")), ("ls2", ("mlp", "fc2"))):
-            layer_scale = getattr(block, scale, None)
-            if not isinstance(layer_scale, LayerScale):
-                continue
-            linear = getattr(getattr(block, before[0]), before[1])
-            linear.weight.mul_(layer_scale.gamma[:, None])
-            if linear.bias is not None:
-                linear.bias.mul_(layer_scale.gamma)
-            setattr(block, scale, nn.Identity())
 
 
 _LISTED = "`allgood list encoders` names those we recommend"

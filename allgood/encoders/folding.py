@@ -1,0 +1,75 @@
+"""What a frozen backbone computes, in fewer passes: norms and scales multiplied into weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def fold_batch_norms(backbone: Any, levels: Sequence[int]) -> None:
+    """Multiply, in place, each batch norm into the convolution before it; its activation stays.
+
+    Which convolution that is shows in a run up to the last of `levels`, over one image of the
+    backbone's own size: the norm is given the very tensor that the convolution answered. Other
+    norms stay as they are. Equal up to rounding, as the statistics are fixed.
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
+        return
+    answered: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # holds the tensors, so that ids stay unique
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+
+    def after_convolution(conv: Any, _: Any, out: Tensor) -> None:
+        answered[id(out)] = (conv, out)
+
+    def before_norm(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        if id(inputs[0]) in answered:
+            pairs.append((answered[id(inputs[0])][0], norm))
+
+    hooks = [
+        module.register_forward_hook(after_convolution)
+        if isinstance(module, nn.Conv2d)
+        else module.register_forward_pre_hook(before_norm)
+        for module in backbone.modules()
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+    ]
+    backbone.eval().forward_intermediates(
+        torch.zeros(1, *backbone.pretrained_cfg["input_size"]),
+        indices=list(levels),
+        stop_early=True,
+        intermediates_only=True,
+    )
+    for hook in hooks:
+        hook.remove()
+    name_of = {module: name for name, module in backbone.named_modules()}
+    for conv, norm in pairs:
+        _fold(conv, norm)
+        owner, _, last = name_of[norm].rpartition(".")
+        setattr(backbone.get_submodule(owner), last, getattr(norm, "act", nn.Identity()))
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = norm.bias.double() - scale * norm.running_mean.double()
+    if conv.bias is not None:
+        bias += scale * conv.bias.double()
+    conv.weight.copy_(scale.view(-1, 1, 1, 1) * conv.weight.double())
+    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+
+
+@torch.no_grad()
+def fold_layer_scales(backbone: Any) -> None:
+    """Multiply, in place, a ViT's layer scales into the matrices before them."""
+    for block in getattr(backbone, "blocks", ()):
+        for scale, before in (("ls1", ("attn", "proj")), ("ls2", ("mlp", "fc2"))):
+            layer_scale = getattr(block, scale, None)
+            if not isinstance(layer_scale, LayerScale):
+                continue
+            linear = getattr(getattr(block, before[0]), before[1])
+            linear.weight.mul_(layer_scale.gamma[:, None])
+            if linear.bias is not None:
+                linear.bias.mul_(layer_scale.gamma)
+            setattr(block, scale, nn.Identity())
