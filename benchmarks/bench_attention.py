@@ -59,8 +59,8 @@ def main() -> None:
                 for _ in range(3)
             ]
 
-            def theirs(*x: Tensor, p: float = probability) -> Tensor:
-                return F.scaled_dot_product_attention(*x, attn_mask=mask, dropout_p=p)
+            def theirs(q: Tensor, k: Tensor, v: Tensor, p: float = probability) -> Tensor:
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
 
             def ours(*x: Tensor, p: float = probability) -> Tensor:
                 return softmax_attention(*x, mask=mask, probability=p)
