@@ -51,7 +51,8 @@ def convert(
         out: folder of the run.
         host: of a costfilter: the run behind which it stands. It is fitted or converted before,
             and says which categories there are.
-        good: good pictures of the categories, best those that the checkpoint was trained on.
+        good: good pictures of the categories, best those that the checkpoint was trained on; of a
+            costfilter for AnomalDF or GLAD those that it compares with.
         categories: their names, where no pictures are given; more than one must then be said at
             every inspection.
         layout: how the pictures lie on disk, where it is not recognised.
@@ -89,14 +90,15 @@ def convert(
     require_at_least(1, batch_size=batch_size, image_size=image_size, crop=crop)
     refuse_folder(out, overwrite)
     if method == "costfilter":
-        if good or categories or weights or image_size or crop:
+        if categories or weights or image_size or crop:
             raise InputError(
-                "a costfilter takes its pictures, categories and encoder from its host: leave out "
-                "--good, --categories, --weights, --image-size and --crop"
+                "a costfilter takes its categories and encoder from its host: leave out "
+                "--categories, --weights, --image-size and --crop"
             )
         if host is None:
             raise InputError("name the run behind which the filter stands, with --host")
-        return _convert_filter(path, host, out, command_line(convert, arguments), device)
+        samples = _good_samples(good, layout, None)
+        return _convert_filter(path, host, samples, out, command_line(convert, arguments), device)
     if host is not None:
         raise InputError(f"{method} stands behind no other detector: leave out --host")
     samples = _good_samples(good, layout, categories)
@@ -159,7 +161,9 @@ def convert(
     return out
 
 
-def _convert_filter(official: Path, host: Path, out: Path, command: str, device: str) -> Path:
+def _convert_filter(
+    official: Path, host: Path, good: Sequence[Sample], out: Path, command: str, device: str
+) -> Path:
     """A run of the host with the authors' filter behind it, which fits to the last shape."""
     import shutil
 
@@ -174,11 +178,6 @@ def _convert_filter(official: Path, host: Path, out: Path, command: str, device:
 
     found = read_filter(read(official))
     variant = found.variant
-    if not variant.host:
-        raise InputError(
-            f"{official} is a filter for {variant.title}, which cannot be hosts here: train one "
-            "with `allgood filter`"
-        )
     inspector = Inspector(host, device=device)
     kind = inspector.config["detector"]["name"]
     if "filter" in inspector.config or kind != variant.host:
@@ -197,12 +196,25 @@ def _convert_filter(official: Path, host: Path, out: Path, command: str, device:
             f"{grid[0]} x {grid[1]} of {size[0]} x {size[1]}: fit or convert it as the authors' "
             f"{variant.title}"
         )
+    if kind == "anomalydino" and inspector.detector.config.query != "raw":
+        raise InputError(
+            f"{official} is guided by features as the encoder gives them, and run '{host}' has "
+            "them scaled: fit it with --recipe anomaldf, or --settings query=raw"
+        )
     settings = {**FILTERS[variant.preset].settings, "classes": found.classes}
     if kind == "hvqtrans" and not inspector.detector.config.optimal_transport:
         settings |= {"matching": "hvq", "fusion": 0.9901}  # P + 0.01 H, as on VisA
     config = FilterConfig(**settings)
     model = FilteredDetector(config, inspector.detector, channels, grid)
     model.network.load_state_dict(renamed(model.network, found.state))
+    if config.templates == "good":
+        templates = _templates(good, inspector.categories, config.num_templates, official)
+        model.keep_templates(inspector.query_features(templates))
+    elif good:
+        raise InputError(
+            f"{official} compares with what its host rebuilds, not with good pictures: leave out "
+            "--good"
+        )
     behind = {
         "official": official.name,
         "settings": asdict(config),
@@ -228,6 +240,22 @@ def _convert_filter(official: Path, host: Path, out: Path, command: str, device:
         }
         _write_run(new, model, {**inspector.config, "filter": behind}, facts)
     return out
+
+
+def _templates(
+    good: Sequence[Sample], categories: Sequence[str], count: int, official: Path
+) -> list[Sample]:
+    """The first pictures of each category."""
+    chosen = []
+    for category in categories:
+        own = [sample for sample in good if sample.category == category][:count]
+        if len(own) < count:
+            raise InputError(
+                f"{official} compares with {count} good pictures of each category, and there are "
+                f"{len(own)} of '{category}': give some with --good"
+            )
+        chosen += own
+    return chosen
 
 
 def _with_weights(parts: Official, official: Path, weights: Path | None) -> EncoderConfig:

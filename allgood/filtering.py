@@ -19,7 +19,6 @@ from allgood.types import InputError
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch import Tensor
 
     from allgood.costfilter.filtered import FilterConfig, FilteredDetector
     from allgood.drawing import Drawings
@@ -182,7 +181,7 @@ def filter(
     grid = volume_grid(config, grid)
     model = FilteredDetector(config, inspector.detector, channels, grid, seed)
     if templates:
-        model.keep_templates(_template_features(inspector, templates, config.num_templates))
+        model.keep_templates(inspector.query_features(templates))
     wanted = {
         "settings": asdict(config),
         "channels": channels,
@@ -305,18 +304,6 @@ def _held_out(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[
         [sample for i, sample in enumerate(samples) if i not in held],
         [sample for i, sample in enumerate(samples) if i in held],
     )
-
-
-def _template_features(inspector: Inspector, samples: Sequence[Sample], count: int) -> list[Tensor]:
-    """L x (K, N, C, h, w): the query features of the pictures kept as templates."""
-    import torch
-
-    drawing = [inspector.transform(_picture(sample)) for sample in samples]
-    category = torch.tensor([inspector.index_of(sample.category) for sample in samples])
-    device = inspector.device
-    with torch.inference_mode():
-        match = inspector.detector.match(torch.stack(drawing).to(device), category.to(device))
-    return [level.unflatten(0, (-1, count)) for level in match.query]
 
 
 def _picture(sample: Sample) -> np.ndarray:

@@ -19,7 +19,7 @@ from allgood.calibration import Calibration
 from allgood.costfilter.filtered import FilterConfig, FilteredDetector
 from allgood.data.batches import MaskSize, load_batches
 from allgood.data.files import did_you_mean, pictures_below
-from allgood.data.images import shown
+from allgood.data.images import read_image, shown
 from allgood.data.transforms import Box, Transform
 from allgood.detectors import detector_classes
 from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
@@ -297,6 +297,19 @@ class Inspector:
                 f"it knows: {', '.join(self.categories)}"
             )
         return self.categories.index(category)
+
+    @torch.inference_mode()
+    def query_features(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """What the detector compares of pictures whose category is known: L x (I, C, h, w).
+
+        Raises:
+            InputError: a picture that cannot be read.
+        """
+        drawing = [self.transform(read_image(sample.path)) for sample in samples]
+        category = torch.tensor([self.index_of(sample.category) for sample in samples])
+        image = torch.stack(drawing).to(self.device)
+        levels: list[Tensor] = self.detector.match(image, category.to(self.device)).query
+        return levels
 
     def _judge(self, batch: Batch, prediction: Prediction, i: int, *, inferred: bool) -> Inspection:
         category = self.categories[int(prediction.category[i])]

@@ -225,6 +225,18 @@ def test_too_few_files_for_the_shots() -> None:
 
 
 @torch.inference_mode()
+def test_a_raw_query_changes_nothing_else(tiny_vit: FrozenEncoder, tmp_path: Path) -> None:
+    unit = dino(tiny_vit, tmp_path / "unit")
+    raw = dino(tiny_vit, tmp_path / "raw", query="raw")
+    image = picture("wood", 3)[None]
+    ours, theirs = raw.match(image), unit.match(image)
+    assert torch.equal(ours.host_map, theirs.host_map)
+    assert torch.equal(ours.template[0], theirs.template[0])
+    assert torch.equal(ours.query[0], tiny_vit(image)[0])
+    torch.testing.assert_close(theirs.query[0], F.normalize(ours.query[0], dim=1))
+
+
+@torch.inference_mode()
 def test_templates_keep_n_random_images_of_each_category(
     tiny_vit: FrozenEncoder, tmp_path: Path
 ) -> None:

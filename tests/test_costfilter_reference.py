@@ -17,6 +17,7 @@ import allgood as library
 import allgood.official.costfilter as official
 from allgood.costfilter import filtered
 from allgood.costfilter.filtered import FilterConfig, FilteredDetector
+from allgood.data.images import read_image
 from allgood.data.synthesis import reference_config
 from allgood.official.costfilter import UNUSED, official_name, read_filter, renamed
 from allgood.recipes import configured
@@ -137,7 +138,7 @@ def test_reference_anomaldf_keeps_the_least_costs_of_its_templates() -> None:
     match = Match([query], [query[:, None]], torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]))
     model = behind(match, "reference-anomaldf", split=(6, 6, 6, 6), num_templates=2, top_k=16)
     templates = torch.randn(2, 2, 24, 4, 4, generator=generator)
-    model.keep_templates([templates])
+    model.keep_templates([templates.flatten(0, 1)])
     match = model.eval().match(torch.zeros(2, 3, 32, 32))
     seen = seen_by_network(model, match, (32, 32))
     parts = torch.nn.functional.normalize(query.double().unflatten(1, (4, 6)), dim=2)
@@ -182,7 +183,7 @@ TINY_HOSTS = {
         ["top_k=14", "mask_side=64"],
     ),
     "reference-anomaldf": (
-        ["--keep-aspect", "False"],
+        ["--keep-aspect", "False", "--settings", "query=raw"],
         ["split=64,64", "top_k=7", "num_templates=2", "stem=32", "mask_side=64"],
     ),
 }
@@ -267,8 +268,6 @@ def test_variants_are_known_by_their_shapes(host: str, title: str) -> None:
 def test_presets_make_the_networks_of_the_checkpoints() -> None:
     """With the hosts' true sizes, to the last name and shape."""
     for variant in official.VARIANTS:
-        if not variant.host:
-            continue
         host = next(h for h, (c, *_) in golden.NETWORKS.items() if c.channels == variant.channels)
         levels = [torch.empty(1, c, variant.grid, variant.grid) for c in variant.match]
         match = Match(levels, levels, levels[0], torch.zeros(1))
@@ -340,8 +339,10 @@ def test_checkpoints_that_do_not_fit(
     out = tmp_path / "out"
     words = ["convert", "costfilter", tiny_variant, "--out", out]
     assert allgood.refused(*words).startswith("name the run behind which the filter stands")
+    said = allgood.refused(*words, "--host", run, "--categories", "wood")
+    assert said.startswith("a costfilter takes its categories and encoder from its host")
     said = allgood.refused(*words, "--host", run, "--good", tree)
-    assert said.startswith("a costfilter takes its pictures, categories and encoder from its host")
+    assert "compares with what its host rebuilds, not with good pictures" in said
     said = allgood.refused("convert", "dinomaly", tiny_variant, "--host", run, "--out", out)
     assert said == "dinomaly stands behind no other detector: leave out --host"
     assert "no such file" in allgood.refused(
@@ -353,7 +354,6 @@ def test_checkpoints_that_do_not_fit(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"host": ""}, "is a filter for PatchCore, which cannot be hosts here"),
         ({"host": "dinomaly"}, "is patchcore: give a plain dinomaly run with --host"),
         ({"image_size": 96}, "of 96 x 96 pixels, but run"),
         ({"match": (768, 768)}, "is for levels of [768, 768] channels"),
@@ -375,3 +375,72 @@ def test_hosts_that_do_not_fit(
     words = ["convert", "costfilter", tiny_variant, "--host", run, "--out", out]
     assert said in allgood.refused(*words)
     assert not out.exists()
+
+
+def anomaldf_host(allgood: Command, data: Path, out: Path, query: str) -> Path:
+    """A run as recipe `anomaldf` makes them, on a tiny ViT."""
+    words = ["--recipe", "anomaldf", "--encoder", "test_vit", "--weights", "random"]
+    words += ["--levels", "1", "2", "--image-size", "64", "--settings", f"query={query}"]
+    answer = allgood("fit", data, "--out", out, *words, "templates=3", "--calibration-share", "0")
+    assert answer.code == 0, answer.err
+    return out
+
+
+@pytest.fixture
+def tiny_anomaldf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A checkpoint as the authors would write for `anomaldf_host`; its path."""
+    settings = {"split": (64, 64), "num_templates": 2, "top_k": 7, "size": "small"}
+    settings = {**FILTERS["reference-anomaldf"].settings, **settings, "mask_side": 64}
+    monkeypatch.setitem(FILTERS, "tiny-anomaldf", FilterRecipe("anomalydino", settings, {}, 1))
+    grid = (4, 4)
+    match = Match([torch.empty(1, 128, *grid)], [], torch.empty(1, 1, *grid), torch.zeros(1))
+    config = FilterConfig(**{**settings, "classes": 15})
+    network = FilteredDetector(config, Host(match), [128], grid, seed=7).network
+    variant = official.Variant(
+        host="anomalydino",
+        preset="tiny-anomaldf",
+        title="GLAD or AnomalDF",
+        image_size=64,
+        grid=grid[0],
+        match=(128,),
+        channels=network.config.channels,
+        levels=network.config.levels,
+        guidance=network.config.guidance,
+        stem=network.config.stem,
+    )
+    monkeypatch.setattr(official, "VARIANTS", (variant,))
+    path = tmp_path / "anomaldf.pth"
+    state = {official_name(name): value for name, value in network.state_dict().items()}
+    unused = {name: torch.ones(shape) for name, shape in golden.UNUSED.items()}
+    torch.save(state | unused, path)
+    return path
+
+
+def test_a_converted_anomaldf_filter_compares_with_good_pictures(
+    allgood: Command, tiny_anomaldf: Path, tmp_path: Path
+) -> None:
+    data = draw_tree(tmp_path / "data", train=4, good=1, bad=1)
+    host = anomaldf_host(allgood, data, tmp_path / "host", "raw")
+    out = tmp_path / "out"
+    words = ["convert", "costfilter", tiny_anomaldf, "--host", host, "--out", out]
+    said = allgood.refused(*words)
+    assert "compares with 2 good pictures of each category, and there are 0 of" in said
+    answer = allgood(*words, "--good", data)
+    assert answer.code == 0, answer.err
+    inspector = library.Inspector(out)
+    encoder = inspector.detector.host.encoder
+    assert not encoder.config.norm
+    picture = inspector.transform(read_image(data / "wood" / "train" / "good" / "000.png"))
+    levels = encoder(picture[None])
+    raw = torch.cat(levels, dim=1)[0]
+    wood = inspector.categories.index("wood")
+    torch.testing.assert_close(inspector.detector.template_0[wood, 0], raw)
+    match = inspector.detector.match(picture[None], torch.tensor([wood]))
+    torch.testing.assert_close(match.query[0][0], raw)  # not of unit length
+    assert allgood("evaluate", out, data).code == 0
+
+    unit = anomaldf_host(allgood, data, tmp_path / "unit", "unit")
+    words[words.index(host)] = unit
+    said = allgood.refused(*words, "--good", data, "--overwrite")
+    assert "is guided by features as the encoder gives them" in said
+    assert library.Inspector(out).detector.template_0.any()  # the run that was there still is

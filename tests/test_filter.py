@@ -113,7 +113,7 @@ def assert_a_filter_learns(host: Any, templates: Any) -> None:
                 host.match(batch.image[:2], torch.full((2,), i)).query
                 for i, batch in enumerate(good_batches())
             ]
-        model.keep_templates([torch.stack(level) for level in zip(*levels, strict=True)])
+        model.keep_templates([torch.cat(level) for level in zip(*levels, strict=True)])
     before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
     batch = drawn(model)
     model.prepare([batch])

@@ -201,9 +201,11 @@ class FilteredDetector(nn.Module):
     # -- learning ----------------------------------------------------------------------------------
 
     def keep_templates(self, levels: Sequence[Tensor]) -> None:
-        """Features of the good pictures to compare with: L x (K, N, C, h, w) of any grid."""
+        """Features of the good pictures to compare with, N of each category in order: L x
+        (K * N, C, h, w) of any grid."""
         for i, level in enumerate(levels):
-            getattr(self, f"template_{i}").copy_(resize_aligned(level, self.volume.grid))
+            kept = resize_aligned(level, self.volume.grid)
+            getattr(self, f"template_{i}").copy_(kept.unflatten(0, (-1, self.config.num_templates)))
 
     def encode(
         self,

@@ -65,6 +65,9 @@ class AnomalyDINOConfig:
     """Share of the patches averaged into image_score; masked patches count with 0."""
     sigma: float = 4.0
     """Of the Gaussian, in pixels of the map asked for (the paper: of the original picture)."""
+    query: Literal["unit", "raw"] = "unit"
+    """The image's tokens in `match`: as they are compared, or as the encoder gives them, which is
+    what guides the published filters behind AnomalDF."""
 
     def __post_init__(self) -> None:
         if not 0 < self.top_fraction <= 1:
@@ -143,9 +146,12 @@ class AnomalyDINO(nn.Module):
         *,
         image_number: Tensor | None = None,
     ) -> Match:
-        query, distance, nearest, category = self._search(image, category, image_number)
+        levels = self.encoder(image)
+        query, distance, nearest, category = self._search(levels, category, image_number)
         batch, channels, height, width = query.shape
         template = self.bank[nearest[..., 0].flatten()].view(batch, 1, height, width, channels)
+        if self.config.query == "raw":
+            query = torch.cat([resize_map(level, (height, width)) for level in levels], dim=1)
         return Match([query], [template.permute(0, 1, 4, 2, 3)], distance, category)
 
     def predict(
@@ -156,7 +162,7 @@ class AnomalyDINO(nn.Module):
         ignore: Tensor | None = None,
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
-        _, distance, _, category = self._search(image, category)
+        _, distance, _, category = self._search(self.encoder(image), category)
         score = top_fraction_mean(hidden_patches(distance, ignore), self.config.top_fraction)
         size = (image.shape[-2], image.shape[-1])
         anomaly_map = self.anomaly_map(distance, size, ignore=ignore, map_size=map_size)
@@ -181,10 +187,9 @@ class AnomalyDINO(nn.Module):
         return torch.cat([F.normalize(resize_map(level, grid), dim=1) for level in levels], dim=1)
 
     def _search(
-        self, image: Tensor, category: Tensor | None, image_number: Tensor | None = None
+        self, levels: list[Tensor], category: Tensor | None, image_number: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """query (B, C, h, w), distance (B, 1, h, w), nearest rows (B, h, w, K), category (B,)."""
-        levels = self.encoder(image)
         if category is None:
             category = self.references.infer(levels)
         tokens = self.embed(levels)

@@ -23,7 +23,7 @@ class Variant:
     """What the shapes of one of the authors' filters are made for."""
 
     host: str
-    """Name among our detectors; empty where there is none."""
+    """Name among our detectors."""
     preset: str
     """Name of its settings, in recipes/costfilter.py."""
     title: str
@@ -69,12 +69,12 @@ VARIANTS = (
         stem=192,
     ),
     Variant(
-        host="",
-        preset="",
+        host="anomalydino",  # GLAD is not here, but its filters fit the same matches
+        preset="reference-anomaldf",
         title="GLAD or AnomalDF",
         image_size=256,
         grid=32,
-        match=(768,) * 4,
+        match=(4 * 768,),
         channels=1024,
         levels=4,
         guidance=(768,) * 4,

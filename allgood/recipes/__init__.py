@@ -19,6 +19,13 @@ RECIPES: dict[str, Recipe] = {
     "anomalydino": Recipe(
         "anomalydino", norm=True, image_size=448, keep_aspect=True, interpolation="bicubic"
     ),
+    "anomaldf": Recipe(
+        "anomalydino",
+        encoder="vit_base_patch8_224.dino",
+        levels=(2, 5, 8, 11),
+        settings={"templates": 4, "query": "raw"},
+        note="what --preset reference-anomaldf stands behind",
+    ),
     **dinomaly.RECIPES,
     **hvqtrans.RECIPES,
     **rd4ad.RECIPES,

@@ -3,7 +3,7 @@
 What the authors ran, their deviations from their slides included. Left out, because it chooses by
 the test set or by hand: the best epoch on the test set, an object mask per category (HVQ-Trans,
 AnomalDF). Their plateau schedule, which reads the loss of one batch per epoch, is a constant rate.
-GLAD's variant needs its host, which is not here.
+GLAD's variant needs its host, which is not here; its network is AnomalDF's.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ FILTERS: dict[str, FilterRecipe] = {
         | {"learning_rate": 1e-3, "final_learning_rate": 1e-3},
         draws=24,
     ),
-    # 256, DINO ViT-B/8, blocks 3, 6, 9, 12; theirs without the final norm that ours has. lambda 0.5
-    # and the Gaussian on the result are MVTec AD's; VisA 0.9 and none. Templates: as many as in
+    # 256, DINO ViT-B/8, blocks 3, 6, 9, 12: recipe `anomaldf`. lambda 0.5 and the Gaussian on the
+    # result are MVTec AD's; VisA 0.9 and none. Templates: as many as in
     # training on MVTec AD, fixed and not trained on, where the authors draw anew, may hit the image
     # itself, and test with 48 in eight rotations.
     "reference-anomaldf": FilterRecipe(
