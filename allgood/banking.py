@@ -41,7 +41,14 @@ def fill_bank(
         InputError: no good picture of a category could be read.
     """
     total = len(pictures.samples) * len(angles)
-    store = PatchStore(folder, num_images=total, budget_bytes=budget_bytes, seed=seed)
+    remembered = model.remembered(pictures.samples)
+    store = PatchStore(
+        folder,
+        num_images=len(remembered) * len(angles),
+        only={(model.categories.index(sample.category), sample.id) for sample in remembered},
+        budget_bytes=budget_bytes,
+        seed=seed,
+    )
     if store.position:
         say(f"going on after {store.position} of {total} pictures")
     failures = list(store.failures)

@@ -5,7 +5,7 @@ Letters: B images, L levels, C channels, H W pixels, h w patches, T templates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
@@ -173,6 +173,11 @@ class Detector(Protocol):
 
 class BankDetector(Detector, Protocol):
     """Reads the good images once and keeps a memory bank."""
+
+    def remembered(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """Those of the good images whose patches the bank may hold. The others only show what
+        their category looks like."""
+        ...
 
     def fit(
         self,

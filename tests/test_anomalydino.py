@@ -7,16 +7,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from doors import draw_tree
 from scipy import ndimage
 from tiny import CATEGORIES, batch_of, fitted, picture, with_defect
 from torch import Tensor
 
-from allgood.data.readers import Dataset
+from allgood.banking import fill_bank
+from allgood.data.readers import Dataset, read_data
+from allgood.data.transforms import Transform
 from allgood.detectors import anomalydino
-from allgood.detectors.anomalydino import AnomalyDINOConfig, batched_zero_shot, foreground_mask
+from allgood.detectors.anomalydino import (
+    AnomalyDINO,
+    AnomalyDINOConfig,
+    batched_zero_shot,
+    foreground_mask,
+)
 from allgood.encoders.frozen import FrozenEncoder
 from allgood.fitting import few_shots
 from allgood.layers import nearest
+from allgood.pictures import Pictures
 from allgood.types import InputError, Sample
 
 
@@ -274,6 +283,26 @@ def test_templates_keep_n_random_images_of_each_category(
         assert first[f"{category} 0"] == first[f"{category} {turned}"]
     assert kept([5, 3, 7, 1, 0, 2, 6, 4], "order") == first
     assert kept([0, 1, 2, 3, 4, 5, 6, 7], "seed", seed=1) != first
+
+
+def test_templates_are_whole_however_many_pictures_there_are(
+    tiny_vit: FrozenEncoder, tmp_path: Path
+) -> None:
+    """The memory is for those that are remembered."""
+    samples = read_data([draw_tree(tmp_path / "data", train=6)]).train
+    model = AnomalyDINO(AnomalyDINOConfig(templates=2), tiny_vit, ("cloth", "wood")).eval()
+    width = tiny_vit.channels[0]
+    fill_bank(
+        model,
+        Pictures(samples, Transform(96, multiple=tiny_vit.multiple), {}),
+        angles=(0,),
+        folder=tmp_path / "patches",
+        budget_bytes=2 * 2 * 36 * width * 4,
+        batch_size=4,
+        seed=0,
+    )
+    assert model.bank_category.bincount().tolist() == [2 * 36] * 2
+    assert len(model.references.features) == 12  # of all
 
 
 @torch.inference_mode()

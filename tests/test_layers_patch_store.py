@@ -60,6 +60,17 @@ def test_budget_limits_the_rows_of_each_image(tmp_path: Path, limit: int) -> Non
         assert len(where) == limit and (where.diff() > 0).all()  # true rows, in their order
 
 
+def test_of_images_that_are_not_kept_there_is_the_global_feature(tmp_path: Path) -> None:
+    # The category counts too: ids are unique within one only.
+    only = {(i % 3, IDS[i]) for i in (1, 5, 6)} | {(2, IDS[0])}
+    store = PatchStore(tmp_path, num_images=3, only=only, budget_bytes=3 * 20 * C * 4)
+    add(store, IDS)
+    _, category = store.patches()
+    assert category.tolist() == [1] * 20 + [2] * 20 + [0] * 20  # as many of each as three may have
+    assert store.seen_rows == 90
+    assert len(store.global_features()[0]) == 12
+
+
 def test_at_least_one_row(tmp_path: Path) -> None:
     store = PatchStore(tmp_path, num_images=1000, budget_bytes=10)
     add(store, IDS[:2])

@@ -89,9 +89,11 @@ def fitted(
     """A detector that has seen the good batches."""
     config_class, detector_class = detector_classes(detector)
     model = detector_class(config_class(**settings), encoder, categories, seed=seed).eval()
-    store = PatchStore(folder, num_images=8)
+    batches = good_batches(categories) if batches is None else batches
+    samples = [sample for batch in batches for sample in batch.sample]
+    only = {(categories.index(s.category), s.id) for s in model.remembered(samples)}
     with torch.inference_mode():
-        model.fit(good_batches(categories) if batches is None else batches, store)
+        model.fit(batches, PatchStore(folder, num_images=8, only=only))
     return model
 
 

@@ -9,7 +9,7 @@ Letters: B images, C channels, h w patches, N = h * w, M bank rows; I images jud
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +34,7 @@ from allgood.scoring import (
     resize_map,
     top_fraction_mean,
 )
-from allgood.types import Batch, InputError, Match, Prediction
+from allgood.types import Batch, InputError, Match, Prediction, Sample
 
 MASKED_CATEGORIES = frozenset(
     {"capsule", "hazelnut", "pill", "screw", "toothbrush"}  # MVTec AD
@@ -104,6 +104,12 @@ class AnomalyDINO(nn.Module):
         # Which good image a row is of, see `image_number`.
         self.register_buffer("bank_image", torch.empty(0, dtype=torch.int64))  # (M,)
 
+    def remembered(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """Those of which the bank has tokens; one that cannot be read is not replaced."""
+        if self.config.templates is None:
+            return samples
+        return draw_images(samples, self.config.templates, self.seed)
+
     def fit(
         self,
         batches: Iterable[Batch],
@@ -131,9 +137,6 @@ class AnomalyDINO(nn.Module):
         tokens, category = store.patches()
         groups = rows_by_category(category, self.categories)
         ratio = self.config.coreset_ratio * (store.seen_rows / len(tokens))
-        if self.config.templates is not None:
-            count = self.config.templates
-            groups = draw_images(groups, store.patch_images(), count, self.categories, self.seed)
         chosen = choose_rows(tokens, groups, ratio, progress=progress)
         self.bank = tokens[chosen].to(self.bank.device)
         self.bank_category = category[chosen].to(self.bank.device)

@@ -9,7 +9,7 @@ Ours: one bank over all categories or one per category; `balanced` patches (see 
 Letters: B images, L levels, C channels, h w patches, N = h * w, M bank rows.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +28,7 @@ from allgood.layers.memory_bank import (
 from allgood.layers.nearest import nearest_distance
 from allgood.layers.patch_store import PatchStore
 from allgood.scoring import gaussian_smooth, hidden_patches, hidden_pixels, resize_map
-from allgood.types import Batch, InputError, Match, Prediction
+from allgood.types import Batch, InputError, Match, Prediction, Sample
 
 _BY_DIFFERENCE = "donot_use_mm_for_euclid_dist"
 """Distances without the expanded form, whose digits cancel where rows are near."""
@@ -96,6 +96,9 @@ class PatchCore(nn.Module):
         self.register_buffer("bank_category", torch.empty(0, dtype=torch.int64))  # (M,)
         # Which good image a row is of, see `image_number`.
         self.register_buffer("bank_image", torch.empty(0, dtype=torch.int64))  # (M,)
+
+    def remembered(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        return samples
 
     def fit(
         self,

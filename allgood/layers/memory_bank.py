@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from allgood.layers.categories import global_feature
 from allgood.layers.coreset import greedy_coreset
 from allgood.layers.nearest import nearest_distance
-from allgood.layers.patch_store import PatchStore
+from allgood.layers.patch_store import PatchStore, image_number
 from allgood.scoring import ignored_patches, visible_rows
-from allgood.types import Batch, InputError
+from allgood.types import Batch, InputError, Sample
 
 
 def read_good_images(
@@ -59,21 +59,16 @@ def rows_by_category(category: Tensor, categories: Sequence[str]) -> list[Tensor
     return groups
 
 
-def draw_images(
-    groups: Sequence[Tensor], image_key: Tensor, count: int, categories: Sequence[str], seed: int
-) -> list[Tensor]:
-    """Of each category's rows those of `count` random images, whatever the images' order was.
-
-    Args:
-        groups: rows of each category, as `rows_by_category` gives them.
-        image_key: (R,) int64; the rows of one image (and of its rotated copies) share a number.
-    """
+def draw_images(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    """`count` random images of each category, whatever their order is."""
     drawn = []
-    for name, rows in zip(categories, groups, strict=True):
-        keys = image_key[rows].unique()  # sorted
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-        chosen = keys[torch.randperm(len(keys), generator=generator)[:count]]
-        drawn.append(rows[torch.isin(image_key[rows], chosen)])
+    for category in sorted({sample.category for sample in samples}):
+        own = [sample for sample in samples if sample.category == category]
+        numbers = sorted({image_number(sample.id) for sample in own})
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{category}".encode()))
+        order = torch.randperm(len(numbers), generator=generator)
+        chosen = {numbers[i] for i in order[:count].tolist()}
+        drawn += [sample for sample in own if image_number(sample.id) in chosen]
     return drawn
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -37,23 +37,31 @@ class PatchStore:
     Attributes:
         position: how many of the list's pictures are behind us, the unreadable ones included.
         failures: the unreadable ones among them.
-        seen_rows: patches that were added, those that the budget left out included.
+        seen_rows: patches of the images that are kept, those that the budget left out included.
     """
 
     def __init__(
-        self, folder: Path, *, num_images: int, budget_bytes: int = 1 << 30, seed: int = 0
+        self,
+        folder: Path,
+        *,
+        num_images: int,
+        only: Set[tuple[int, str]] | None = None,
+        budget_bytes: int = 1 << 30,
+        seed: int = 0,
     ) -> None:
         """Open the store in `folder`, or go on where an earlier run was killed.
 
         Args:
             folder: created if missing; holds nothing else.
-            num_images: images that will be added, for the share that each may keep.
+            num_images: images whose patches are kept, for the share that each may have.
+            only: category and id of those images; None: all. Of others there is the global feature.
             budget_bytes: what all rows together may take once they are in memory.
             seed: of the choice of rows.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.seed = seed
+        self._only = only
         self._bytes_per_image = max(1, budget_bytes // max(1, num_images))
         self._commit_file = folder / "committed.json"
         self._committed: dict[str, int] = {}
@@ -87,6 +95,8 @@ class PatchStore:
             global_feature: (B, G) float32.
         """
         for id, rows, index in zip(ids, patches, category.tolist(), strict=True):
+            if self._only is not None and (index, id) not in self._only:
+                continue
             self.seen_rows += len(rows)
             limit = self.rows_per_image(rows.shape[1])
             if len(rows) > limit:
