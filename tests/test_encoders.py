@@ -12,9 +12,11 @@ import timm
 import torch
 from fill import fill_weight
 from safetensors.torch import save_file
+from timm.layers import BatchNormAct2d, StdConv2d
 from tiny import random_encoder
 from torch import Tensor, nn
 
+from allgood.encoders.folding import fold_batch_norms
 from allgood.encoders.frozen import (
     EncoderConfig,
     FrozenEncoder,
@@ -91,6 +93,43 @@ def test_levels_equal_the_whole_models(name: str, tmp_path: Path) -> None:
         assert level.shape == shape and not level.requires_grad
         # Channels-last and folded norms sum in another order.
         torch.testing.assert_close(level, expected[encoder.levels[i]], rtol=1e-4, atol=1e-4)
+
+
+class OddNorms(nn.Module):
+    """A norm behind a standardised convolution, one behind a sum, and one that can be folded."""
+
+    pretrained_cfg = {"input_size": (3, 8, 8)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.standardised, self.norm1 = StdConv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 1), BatchNormAct2d(4)
+        self.norm3 = nn.BatchNorm2d(4)
+
+    def forward_intermediates(self, x: Tensor, **_: Any) -> Tensor:
+        x = self.norm1(self.standardised(x))
+        out: Tensor = self.norm3(x + self.norm2(self.conv2(x)))
+        return out
+
+
+@torch.no_grad()
+def test_only_norms_behind_plain_convolutions_are_folded() -> None:
+    torch.manual_seed(0)
+    model = OddNorms()
+    for _ in range(3):  # the norms see data
+        model.forward_intermediates(torch.rand(4, 3, 8, 8) * 3 + 1)
+    image = image_of(8, 8)
+    expected = model.eval().forward_intermediates(image)
+    fold_batch_norms(model, (0,))
+    assert [
+        isinstance(norm, nn.BatchNorm2d) for norm in (model.norm1, model.norm2, model.norm3)
+    ] == [
+        True,
+        False,
+        True,
+    ]
+    assert isinstance(model.norm2, nn.ReLU)  # its activation
+    torch.testing.assert_close(model.forward_intermediates(image), expected)
 
 
 @torch.no_grad()

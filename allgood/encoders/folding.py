@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import LayerScale
+from timm.layers import Conv2dSame, LayerScale
 from torch import Tensor, nn
+
+_PLAIN = (nn.Conv2d, Conv2dSame)
+"""Convolutions that use their weights as they are; others may standardise them first."""
 
 
 @torch.no_grad()
@@ -28,13 +31,12 @@ def fold_batch_norms(backbone: Any, levels: Sequence[int]) -> None:
         if id(inputs[0]) in answered:
             pairs.append((answered[id(inputs[0])][0], norm))
 
-    hooks = [
-        module.register_forward_hook(after_convolution)
-        if isinstance(module, nn.Conv2d)
-        else module.register_forward_pre_hook(before_norm)
-        for module in backbone.modules()
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
-    ]
+    hooks = []
+    for module in backbone.modules():
+        if type(module) in _PLAIN:
+            hooks.append(module.register_forward_hook(after_convolution))
+        elif isinstance(module, nn.BatchNorm2d):
+            hooks.append(module.register_forward_pre_hook(before_norm))
     backbone.eval().forward_intermediates(
         torch.zeros(1, *backbone.pretrained_cfg["input_size"]),
         indices=list(levels),
