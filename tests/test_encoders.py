@@ -121,13 +121,7 @@ def test_only_norms_behind_plain_convolutions_are_folded() -> None:
     image = image_of(8, 8)
     expected = model.eval().forward_intermediates(image)
     fold_batch_norms(model, (0,))
-    assert [
-        isinstance(norm, nn.BatchNorm2d) for norm in (model.norm1, model.norm2, model.norm3)
-    ] == [
-        True,
-        False,
-        True,
-    ]
+    assert isinstance(model.norm1, nn.BatchNorm2d) and isinstance(model.norm3, nn.BatchNorm2d)
     assert isinstance(model.norm2, nn.ReLU)  # its activation
     torch.testing.assert_close(model.forward_intermediates(image), expected)
 
