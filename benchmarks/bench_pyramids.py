@@ -1,7 +1,7 @@
 """UniAD and HVQ-Trans: training from the feature cache beside the encoder in the loop.
 
     python benchmarks/bench_pyramids.py train [--detectors uniad hvqtrans] [--encoders NAME ...]
-        [--side 224] [--batch 8] [--steps 5] [--device cpu]
+        [--side 224] [--batch 8] [--steps 5] [--precision fp32] [--device cpu]
 
 `train`: seconds per optimizer step, at the authors' batch of 8 and learning rate. All sides start
 from the same drawn weights, see the same pictures and draw the same jitter and dropout; the cached
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import CachedBatches, interleaved, print_ratios
+from timing import CachedBatches, autocast, interleaved, print_ratios
 from torch import Tensor, nn
 
 from allgood.detectors import detector_classes
@@ -33,8 +33,8 @@ ENCODERS = ("efficientnet_lite0", "tf_efficientnet_b4.aa_in1k")
 class Step:
     """One optimizer step of a side that has its own copy of the detector; keeps its losses."""
 
-    def __init__(self, model: Any, batch: Callable[[int], TrainingBatch]) -> None:
-        self.model, self.batch = model.train(), batch
+    def __init__(self, model: Any, batch: Callable[[int], TrainingBatch], bf16: bool) -> None:
+        self.model, self.batch, self.bf16 = model.train(), batch, bf16
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=1e-4)
         self.losses: list[float] = []
@@ -42,7 +42,8 @@ class Step:
     def __call__(self) -> None:
         step = len(self.losses)
         torch.manual_seed(step)  # the same jitter and dropout on both sides
-        loss = self.model.training_loss(self.batch(step), step)
+        with autocast(self.parameters[0].device, self.bf16):
+            loss = self.model.training_loss(self.batch(step), step)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 0.1)
@@ -62,8 +63,11 @@ def train(arguments: argparse.Namespace) -> None:
         encoder = FrozenEncoder(EncoderConfig(encoder_name, (0, 1, 2, 3), weights)).to(device)
         image = torch.rand(PICTURES * batch, 3, arguments.side, arguments.side)
         for detector in arguments.detectors:
-            sides = all_sides(detector, encoder, image, batch, device)
-            print(f"{detector} on {encoder_name}, {batch} pictures of {arguments.side} a step")
+            sides = all_sides(
+                detector, encoder, image, batch, device, bf16=arguments.precision == "bf16"
+            )
+            size = f"{batch} pictures of {arguments.side} a step"
+            print(f"{detector} on {encoder_name}, {size}, {arguments.precision}")
             median = interleaved(sides, arguments.steps, device)
             for losses in zip(*(side.losses for side in sides.values()), strict=True):
                 named = zip(sides, losses, strict=True)
@@ -94,7 +98,13 @@ class WholeEncoder(FrozenEncoder):
 
 
 def all_sides(
-    detector: str, encoder: FrozenEncoder, image: Tensor, batch: int, device: torch.device
+    detector: str,
+    encoder: FrozenEncoder,
+    image: Tensor,
+    batch: int,
+    device: torch.device,
+    *,
+    bf16: bool,
 ) -> dict[str, Step]:
     """From one start; which pictures a step sees is a permutation that all know."""
     whole = WholeEncoder(encoder.config).to(device)
@@ -119,9 +129,9 @@ def all_sides(
         return batch_of
 
     return {
-        "cached": Step(models[0], cached),
-        "encoder in loop": Step(models[1], online(models[1])),
-        "whole encoder": Step(models[2], online(models[2])),
+        "cached": Step(models[0], cached, bf16),
+        "encoder in loop": Step(models[1], online(models[1]), bf16),
+        "whole encoder": Step(models[2], online(models[2]), bf16),
     }
 
 
@@ -134,6 +144,7 @@ def main() -> None:
     options.add_argument("--side", type=int, default=224)
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--steps", type=int, default=5, help="of each side")
+    options.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
