@@ -28,6 +28,7 @@ def convert(
     *,
     out: Path = Path("run"),
     host: Path | None = None,
+    preset: str | None = None,
     good: tuple[Path, ...] = (),
     categories: tuple[str, ...] | None = None,
     layout: str | None = None,
@@ -51,6 +52,7 @@ def convert(
         out: folder of the run.
         host: of a costfilter: the run behind which it stands. It is fitted or converted before,
             and says which categories there are.
+        preset: of a costfilter whose file fits several: which of `allgood list presets` it is.
         good: good pictures of the categories, best those that the checkpoint was trained on; of a
             costfilter for AnomalDF or GLAD those that it compares with.
         categories: their names, where no pictures are given; more than one must then be said at
@@ -98,9 +100,10 @@ def convert(
         if host is None:
             raise InputError("name the run behind which the filter stands, with --host")
         samples = _good_samples(good, layout, None)
-        return _convert_filter(path, host, samples, out, command_line(convert, arguments), device)
-    if host is not None:
-        raise InputError(f"{method} stands behind no other detector: leave out --host")
+        command = command_line(convert, arguments)
+        return _convert_filter(path, host, preset, samples, out, command, device)
+    if host is not None or preset is not None:
+        raise InputError(f"{method} stands behind no other detector: leave out --host and --preset")
     samples = _good_samples(good, layout, categories)
     names = tuple(sorted({sample.category for sample in samples})) or categories
     if not names:
@@ -162,7 +165,13 @@ def convert(
 
 
 def _convert_filter(
-    official: Path, host: Path, good: Sequence[Sample], out: Path, command: str, device: str
+    official: Path,
+    host: Path,
+    preset: str | None,
+    good: Sequence[Sample],
+    out: Path,
+    command: str,
+    device: str,
 ) -> Path:
     """A run of the host with the authors' filter behind it, which fits to the last shape."""
     import shutil
@@ -178,6 +187,12 @@ def _convert_filter(
 
     found = read_filter(read(official))
     variant = found.variant
+    preset = preset or variant.presets[0]
+    if preset not in variant.presets:
+        raise InputError(
+            f"{official} is a filter for {variant.title}: give --preset "
+            f"{' or '.join(variant.presets)}, or leave it out"
+        )
     inspector = Inspector(host, device=device)
     kind = inspector.config["detector"]["name"]
     if "filter" in inspector.config or kind != variant.host:
@@ -201,7 +216,7 @@ def _convert_filter(
             f"{official} is guided by features as the encoder gives them, and run '{host}' has "
             "them scaled: fit it with --recipe anomaldf, or --settings query=raw"
         )
-    settings = {**FILTERS[variant.preset].settings, "classes": found.classes}
+    settings = {**FILTERS[preset].settings, "classes": found.classes}
     if kind == "hvqtrans" and not inspector.detector.config.optimal_transport:
         settings |= {"matching": "hvq", "fusion": 0.9901}  # P + 0.01 H, as on VisA
     config = FilterConfig(**settings)

@@ -76,7 +76,8 @@ def filter(
         data: the good pictures, as they were given to `allgood fit`.
         out: folder of the new run.
         preset: what was published for one detector, with all its deviations: reference-dinomaly,
-            reference-hvq or reference-anomaldf; for a GPU. Left out: our own small filter.
+            reference-hvq, reference-anomaldf or reference-glad; for a GPU. Left out: our own small
+            filter.
         settings: of the filter, as name=value, e.g. fusion=0.3 size=full.
         synthesis: of the anomalies, as name=value.
         train: of the training, as name=value, e.g. steps=3000.

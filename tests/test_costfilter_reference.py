@@ -4,6 +4,7 @@ The official numbers are those of test_costfilter_golden, here by the way that a
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,42 @@ def test_reference_anomaldf_keeps_the_least_costs_of_its_templates() -> None:
     assert model.maps(match, (32, 32)).host.std() < least.std()  # smoothed
 
 
+def test_reference_glad_passes_every_template_by_itself() -> None:
+    expected = golden.glad_volume_answers()
+    tokens = [golden.given("volume", f"glad:layer{i}", (8, 1025, 24), 1) for i in range(4)]
+    query, templates = [], []
+    for level in tokens:
+        level = level[:, 1:].transpose(1, 2).unflatten(2, (32, 32))
+        query.append(level[:2])
+        templates.append((level[2:].unflatten(0, (3, 2)) + 0.5 * level[:2]).transpose(0, 1))
+    together = torch.cat(query, dim=1)
+    match = Match([together], [together[:, None]], torch.zeros(2, 1, 32, 32), torch.arange(2))
+    model = behind(match, "reference-glad", split=(24,) * 4)
+    model.keep_templates([torch.cat(templates, dim=2).flatten(0, 1)])  # one set per picture
+    match = model.eval().match(torch.zeros(2, 3, 256, 256))
+    seen = seen_by_network(model, match, (256, 256))
+    least = seen["matching"].unflatten(0, (2, 3))
+    volume = seen["volume"].unflatten(0, (2, 3))
+    for n in range(3):
+        torch.testing.assert_close(least[:, n], expected[f"glad:matching_template{n}"])
+    for n in (0, 2):
+        torch.testing.assert_close(volume[:, n], expected[f"glad:volume_template{n}"])
+    torch.testing.assert_close(seen["guidance3"], expected["glad:guidance3"])
+    # One map per picture: that of each template alone, averaged.
+    maps = model.maps(match, (256, 256))
+    alone = []
+    for n in range(3):
+        config = replace(model.config, num_templates=1)
+        single = FilteredDetector(config, Host(match), [96], (32, 32)).eval()
+        single.network.load_state_dict(model.network.state_dict())
+        single.keep_templates([torch.cat([t[:, n] for t in templates], dim=1)])
+        alone.append(single.eval().maps(single.match(torch.zeros(2, 3, 8, 8)), (256, 256)))
+    mean = torch.stack([one.filter for one in alone]).mean(dim=0)
+    torch.testing.assert_close(maps.filter, mean, atol=1e-5, rtol=1e-4)
+    raw = torch.stack([one.host for one in alone]).amin(dim=0)  # of the least of all costs
+    assert maps.host.shape == raw.shape and (maps.host <= raw + 1e-5).all()
+
+
 def _sides(model: FilteredDetector, match: Match) -> tuple[list[Tensor], list[Tensor]]:
     return model._split(match.query, 1), model._split(match.template, 2)
 
@@ -181,6 +218,10 @@ TINY_HOSTS = {
     "reference-dinomaly": (
         ["--settings", "decoder_depth=2", "--train", "steps=2", "batch_size=4", "--no-cache"],
         ["top_k=14", "mask_side=64"],
+    ),
+    "reference-glad": (
+        ["--keep-aspect", "False", "--settings", "query=raw"],
+        ["split=64,64", "num_templates=2", "stem=32", "mask_side=64"],
     ),
     "reference-anomaldf": (
         ["--keep-aspect", "False", "--settings", "query=raw"],
@@ -271,12 +312,13 @@ def test_presets_make_the_networks_of_the_checkpoints() -> None:
         host = next(h for h, (c, *_) in golden.NETWORKS.items() if c.channels == variant.channels)
         levels = [torch.empty(1, c, variant.grid, variant.grid) for c in variant.match]
         match = Match(levels, levels, levels[0], torch.zeros(1))
-        settings = {**FILTERS[variant.preset].settings, "classes": 15}
-        with torch.device("meta"):
-            model = FilteredDetector(
-                FilterConfig(**settings), Host(match), variant.match, (variant.grid,) * 2
-            )
-        assert renamed(model.network, official_shapes(host)).keys()
+        for preset in variant.presets:
+            settings = {**FILTERS[preset].settings, "classes": 15}
+            with torch.device("meta"):
+                model = FilteredDetector(
+                    FilterConfig(**settings), Host(match), variant.match, (variant.grid,) * 2
+                )
+            assert renamed(model.network, official_shapes(host)).keys()
 
 
 @pytest.fixture
@@ -292,7 +334,7 @@ def tiny_variant(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     network = model.network.config
     variant = official.Variant(
         host="patchcore",
-        preset="tiny",
+        presets=("tiny",),
         title="PatchCore",
         image_size=64,
         grid=grid[0],
@@ -344,7 +386,9 @@ def test_checkpoints_that_do_not_fit(
     said = allgood.refused(*words, "--host", run, "--good", tree)
     assert "compares with what its host rebuilds, not with good pictures" in said
     said = allgood.refused("convert", "dinomaly", tiny_variant, "--host", run, "--out", out)
-    assert said == "dinomaly stands behind no other detector: leave out --host"
+    assert said == "dinomaly stands behind no other detector: leave out --host and --preset"
+    said = allgood.refused(*words, "--host", run, "--preset", "reference-hvq")
+    assert "is a filter for PatchCore: give --preset tiny, or leave it out" in said
     assert "no such file" in allgood.refused(
         "convert", "costfilter", tmp_path / "none.pth", "--host", run, "--out", out
     )
@@ -368,8 +412,6 @@ def test_hosts_that_do_not_fit(
     change: dict[str, Any],
     said: str,
 ) -> None:
-    from dataclasses import replace
-
     monkeypatch.setattr(official, "VARIANTS", (replace(official.VARIANTS[-1], **change),))
     out = tmp_path / "out"
     words = ["convert", "costfilter", tiny_variant, "--host", run, "--out", out]
@@ -389,16 +431,18 @@ def anomaldf_host(allgood: Command, data: Path, out: Path, query: str) -> Path:
 @pytest.fixture
 def tiny_anomaldf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A checkpoint as the authors would write for `anomaldf_host`; its path."""
-    settings = {"split": (64, 64), "num_templates": 2, "top_k": 7, "size": "small"}
+    settings = {"split": (64, 64), "num_templates": 2, "top_k": 16, "size": "small"}
     settings = {**FILTERS["reference-anomaldf"].settings, **settings, "mask_side": 64}
     monkeypatch.setitem(FILTERS, "tiny-anomaldf", FilterRecipe("anomalydino", settings, {}, 1))
+    glad = {**settings, "top_k": None, "merge": "loop_mean"}
+    monkeypatch.setitem(FILTERS, "tiny-glad", FilterRecipe("anomalydino", glad, {}, 1))
     grid = (4, 4)
     match = Match([torch.empty(1, 128, *grid)], [], torch.empty(1, 1, *grid), torch.zeros(1))
     config = FilterConfig(**{**settings, "classes": 15})
     network = FilteredDetector(config, Host(match), [128], grid, seed=7).network
     variant = official.Variant(
         host="anomalydino",
-        preset="tiny-anomaldf",
+        presets=("tiny-anomaldf", "tiny-glad"),
         title="GLAD or AnomalDF",
         image_size=64,
         grid=grid[0],
@@ -437,6 +481,13 @@ def test_a_converted_anomaldf_filter_compares_with_good_pictures(
     torch.testing.assert_close(inspector.detector.template_0[wood, 0], raw)
     match = inspector.detector.match(picture[None], torch.tensor([wood]))
     torch.testing.assert_close(match.query[0][0], raw)  # not of unit length
+    assert allgood("evaluate", out, data).code == 0
+
+    assert inspector.detector.config.top_k == 16 and inspector.detector.passes == 1
+    glad = ("--preset", "tiny-glad", "--overwrite")
+    answer = allgood(*words, "--good", data, *glad)
+    assert answer.code == 0, answer.err
+    assert library.Inspector(out).detector.passes == 2
     assert allgood("evaluate", out, data).code == 0
 
     unit = anomaldf_host(allgood, data, tmp_path / "unit", "unit")

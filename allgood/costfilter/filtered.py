@@ -60,6 +60,9 @@ class FilterConfig:
     category that are kept for it and never trained on."""
     num_templates: int = 3
     """N, with `templates=good`."""
+    merge: Literal["concat", "loop_mean"] = "concat"
+    """How N templates meet: side by side in one volume, or in a pass each, whose maps are averaged,
+    as published for GLAD (which took a step of training for each, too)."""
     fusion: float = 0.5
     """lambda: the filter's share of the map; 0 is the host alone, 1 the filter alone."""
     top_fraction: float = 0.0038
@@ -111,6 +114,10 @@ class FilterConfig:
         for name in ("host_sigma", "map_sigma"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.merge == "loop_mean" and self.top_k is not None:
+            raise InputError(
+                "top_k chooses among the costs of all templates: leave out merge=loop_mean"
+            )
         if self.spatial == "template" and self.templates == "good":
             raise InputError(
                 "spatial=template needs one rebuilt template: leave out templates=good"
@@ -159,10 +166,12 @@ class FilteredDetector(nn.Module):
         self.volume = VolumeConfig(
             grid,
             config.num_templates if self.own_templates else 1,
-            mode="concat" if config.top_k is None else "topk",
+            mode=config.merge if config.top_k is None else "topk",
             top_k=config.top_k,
             orientation=config.orientation,
         )
+        self.passes = self.volume.templates if config.merge == "loop_mean" else 1
+        """Rows of the network's batch that each image takes."""
         classes = config.classes or len(self.categories)
         if classes < len(self.categories):
             raise InputError(
@@ -264,7 +273,8 @@ class FilteredDetector(nn.Module):
         logits, classes = self._logits(match, self.network, with_classes=True)
         hard = [i for i, name in enumerate(self.categories) if name in self.config.hard_categories]
         loss = LossConfig(gamma=self.config.gamma, hard_classes=tuple(hard), ssim=self.config.ssim)
-        return filter_loss(logits, classes, mask > 0.5, batch.category, loss)
+        mask, category = (x.repeat_interleave(self.passes, dim=0) for x in (mask, batch.category))
+        return filter_loss(logits, classes, mask > 0.5, category, loss)
 
     # -- judging -----------------------------------------------------------------------------------
 
@@ -335,7 +345,7 @@ class FilteredDetector(nn.Module):
         meet = size if self.config.host == "scaled" else image_size
         network = self._folded[0] if self._folded else self.network
         logits, _ = self._logits(match, network, image_size=image_size)
-        probability = resize_aligned(anomaly_probability(logits), meet)
+        probability = resize_aligned(anomaly_probability(logits, templates=self.passes), meet)
         if self.config.host == "scaled":
             host_map = self.host.anomaly_map(
                 match.host_map, image_size, ignore=ignore, map_size=size
@@ -363,7 +373,8 @@ class FilteredDetector(nn.Module):
         comparison = compare(
             self._split(match.query, 1), self._split(match.template, 2), self.volume
         )
-        return initial_map(comparison).mean(dim=1, keepdim=True)
+        least = initial_map(comparison).unflatten(0, (-1, self.passes)).amin(dim=1)
+        return least.mean(dim=1, keepdim=True)
 
     def train(self, mode: bool = True) -> FilteredDetector:
         """The host stays in evaluation mode; for inference the network's norms are folded."""
@@ -390,25 +401,26 @@ class FilteredDetector(nn.Module):
     def _guidance(
         self, comparison: Comparison, match: Match, image_size: tuple[int, int] | None
     ) -> Tensor:
-        """The matching guidance: (B, L or L + 1, h, w).
+        """The matching guidance: (B, L or L + 1, h, w), or as many rows as there are passes.
 
         Args:
             image_size: of the images that are judged; None in training, where the authors mix and
                 resize the host's map otherwise.
         """
         mode, levels, grid = self.config.matching, len(comparison.levels), self.volume.grid
+        host_map = match.host_map.float().repeat_interleave(self.passes, dim=0)
         if mode == "host":
-            host_map = match.host_map.float()
             if image_size is not None:
                 host_map = resize_aligned(host_map, image_size)
             return host_map.expand(-1, levels, -1, -1)
         matching = initial_map(comparison)  # (B, L, h, w)
         if mode == "levels":
             return matching
+        host_map = resize_aligned(host_map, grid)
         if mode == "levels_and_host":
-            host_map = resize_aligned(match.host_map.float(), grid)
-            return torch.cat([matching, self._on_scale(host_map, match.category)], dim=1)
-        host_map = 0.1 * resize_aligned(match.host_map.float(), grid)
+            category = match.category.repeat_interleave(self.passes)
+            return torch.cat([matching, self._on_scale(host_map, category)], dim=1)
+        host_map = 0.1 * host_map
         first = matching.mean(dim=1, keepdim=True)
         if mode == "hvq":
             first = first + host_map / 170

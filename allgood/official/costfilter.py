@@ -24,8 +24,8 @@ class Variant:
 
     host: str
     """Name among our detectors."""
-    preset: str
-    """Name of its settings, in recipes/costfilter.py."""
+    presets: tuple[str, ...]
+    """Names of its settings, in recipes/costfilter.py; of several the shapes do not tell which."""
     title: str
     image_size: int
     """Side of the network's input."""
@@ -46,7 +46,7 @@ _HVQ = (24, 32, 56, 160)
 VARIANTS = (
     Variant(
         host="dinomaly",
-        preset="reference-dinomaly",
+        presets=("reference-dinomaly",),
         title="Dinomaly",
         image_size=392,
         grid=28,
@@ -58,7 +58,7 @@ VARIANTS = (
     ),
     Variant(
         host="hvqtrans",
-        preset="reference-hvq",
+        presets=("reference-hvq",),
         title="HVQ-Trans",
         image_size=224,
         grid=14,
@@ -70,7 +70,7 @@ VARIANTS = (
     ),
     Variant(
         host="anomalydino",  # GLAD is not here, but its filters fit the same matches
-        preset="reference-anomaldf",
+        presets=("reference-anomaldf", "reference-glad"),
         title="GLAD or AnomalDF",
         image_size=256,
         grid=32,
