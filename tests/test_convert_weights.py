@@ -134,5 +134,5 @@ def test_an_encoder_beside_the_file_is_as_good_as_one_in_it(tmp_path: Path) -> N
 def test_a_filter_has_its_hosts_encoder(allgood: Command, tmp_path: Path) -> None:
     words = ["convert", "costfilter", "x.pth", "--host", "run", "--out", tmp_path / "out"]
     said = allgood.refused(*words, "--weights", "encoder.pth")
-    assert said.startswith("a costfilter takes its pictures, categories and encoder from its host")
+    assert said.startswith("a costfilter takes its categories and encoder from its host")
     assert "--weights" in said
