@@ -176,7 +176,8 @@ def _convert_filter(
     """A run of the host with the authors' filter behind it, which fits to the last shape."""
     import shutil
 
-    from allgood.costfilter.filtered import FilterConfig, FilteredDetector, shape_of_match
+    from allgood.costfilter.config import FilterConfig
+    from allgood.costfilter.filtered import FilteredDetector, shape_of_match
     from allgood.ignored import write_masks
     from allgood.inference import Inspector
     from allgood.official import read

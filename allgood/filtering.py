@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from allgood.costfilter.filtered import FilterConfig, FilteredDetector
+    from allgood.costfilter.config import FilterConfig
+    from allgood.costfilter.filtered import FilteredDetector
     from allgood.drawing import Drawings
     from allgood.inference import Inspector
     from allgood.learning import Training
@@ -101,12 +102,8 @@ def filter(
     """
     arguments = dict(locals())
     started = time.monotonic()
-    from allgood.costfilter.filtered import (
-        FilterConfig,
-        FilteredDetector,
-        shape_of_match,
-        volume_grid,
-    )
+    from allgood.costfilter.config import FilterConfig
+    from allgood.costfilter.filtered import FilteredDetector, shape_of_match, volume_grid
     from allgood.data.fingerprint import fingerprint
     from allgood.data.foreground import choose_foreground
     from allgood.data.synthesis import SynthesisConfig, Synthesizer, reference_config

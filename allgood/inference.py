@@ -16,7 +16,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from allgood.calibration import Calibration
-from allgood.costfilter.filtered import FilterConfig, FilteredDetector
+from allgood.costfilter.config import FilterConfig
+from allgood.costfilter.filtered import FilteredDetector
 from allgood.data.batches import MaskSize, load_batches
 from allgood.data.files import did_you_mean, pictures_below
 from allgood.data.images import read_image, shown

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import allgood as library
 import allgood.official.costfilter as official
 from allgood.costfilter import filtered
-from allgood.costfilter.filtered import FilterConfig, FilteredDetector
+from allgood.costfilter.config import FilterConfig
+from allgood.costfilter.filtered import FilteredDetector
 from allgood.data.images import read_image
 from allgood.data.synthesis import reference_config
 from allgood.official.costfilter import UNUSED, official_name, read_filter, renamed
@@ -76,6 +77,10 @@ def hvq_match(*, transport: bool) -> Match:
     return Match([query], [template.unsqueeze(1)], distance, torch.zeros(2, dtype=torch.int64))
 
 
+def maps_of(model: FilteredDetector, match: Match, image_size: tuple[int, int]) -> filtered.Maps:
+    return model.maps(match, model.probability(match, image_size), image_size)
+
+
 def seen_by_network(model: FilteredDetector, match: Match, image_size: Any) -> dict[str, Tensor]:
     """What a preset hands to the network."""
     seen: dict[str, Tensor] = {}
@@ -127,7 +132,7 @@ def test_reference_hvq_is_the_official_pipeline(transport: bool) -> None:
     if transport:
         torch.testing.assert_close(seen["volume"], expected["hvq_ot:training:volume"])
         torch.testing.assert_close(seen["guidance3"], expected["hvq_ot:training:guidance3"])
-    maps = model.maps(match, (224, 224))
+    maps = maps_of(model, match, (224, 224))
     torch.testing.assert_close(maps.host[:1], expected[f"{name}:test:pred_224"])
     # P + 0.02 H ranks as the mean that it is here.
     torch.testing.assert_close(maps.fused * 1.02, maps.filter + 0.02 * maps.host, rtol=1e-3, atol=0)
@@ -156,7 +161,7 @@ def test_reference_anomaldf_keeps_the_least_costs_of_its_templates() -> None:
     config = model.volume
     volume = golden.cost_volume(golden.compare(*_sides(model, match), config))
     torch.testing.assert_close(volume.sum(dim=1), every, atol=1e-4, rtol=1e-4)
-    assert model.maps(match, (32, 32)).host.std() < least.std()  # smoothed
+    assert maps_of(model, match, (32, 32)).host.std() < least.std()  # smoothed
 
 
 def test_reference_glad_passes_every_template_by_itself() -> None:
@@ -181,14 +186,14 @@ def test_reference_glad_passes_every_template_by_itself() -> None:
         torch.testing.assert_close(volume[:, n], expected[f"glad:volume_template{n}"])
     torch.testing.assert_close(seen["guidance3"], expected["glad:guidance3"])
     # One map per picture: that of each template alone, averaged.
-    maps = model.maps(match, (256, 256))
+    maps = maps_of(model, match, (256, 256))
     alone = []
     for n in range(3):
         config = replace(model.config, num_templates=1)
         single = FilteredDetector(config, Host(match), [96], (32, 32)).eval()
         single.network.load_state_dict(model.network.state_dict())
         single.keep_templates([torch.cat([t[:, n] for t in templates], dim=1)])
-        alone.append(single.eval().maps(single.match(torch.zeros(2, 3, 8, 8)), (256, 256)))
+        alone.append(maps_of(single.eval(), single.match(torch.zeros(2, 3, 8, 8)), (256, 256)))
     mean = torch.stack([one.filter for one in alone]).mean(dim=0)
     torch.testing.assert_close(maps.filter, mean, atol=1e-5, rtol=1e-4)
     raw = torch.stack([one.host for one in alone]).amin(dim=0)  # of the least of all costs

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import allgood as library
 from allgood.costfilter import filtered
-from allgood.costfilter.filtered import FilterConfig, FilteredDetector, volume_grid
+from allgood.costfilter.config import FilterConfig
+from allgood.costfilter.filtered import FilteredDetector, volume_grid
 from allgood.costfilter.validation import best_fusion, mean_over, validate
 from allgood.costfilter.volume import compare, cost_volume, resize_aligned
 from allgood.data.images import read_image
@@ -138,7 +139,8 @@ def assert_a_filter_learns(host: Any, templates: Any) -> None:
         assert prediction.image_score[1] > prediction.image_score[0]
         assert prediction.category.tolist() == [1, 1]
         # Folded or not, in parts or together: the same maps.
-        maps = model.maps(model.match(image, category), (96, 96))
+        match = model.match(image, category)
+        maps = model.maps(match, model.probability(match, (96, 96)), (96, 96))
         torch.testing.assert_close(maps.fused, (maps.filter + maps.host) / 2)
         torch.testing.assert_close(maps.fused, prediction.anomaly_map)
         assert maps.filter.min() >= 0 and maps.filter.max() <= 1 and maps.host.min() >= 0
@@ -284,7 +286,8 @@ def assert_parts_are_shown(out: Path, tree: Path, table: str) -> None:
             picture = inspector.transform(read_image(path))[None]
             with torch.inference_mode():
                 match = inspector.detector.match(picture, index)
-                maps = inspector.detector.maps(match, (64, 64))
+                probability = inspector.detector.probability(match, (64, 64))
+                maps = inspector.detector.maps(match, probability, (64, 64))
             is_bad = path.parent.name != "good"
             bad.append(is_bad)
             for part, scores in score.items():
@@ -335,7 +338,7 @@ def test_what_is_measured_on_synthetic_pictures(host: Any) -> None:
     assert table is not None
     with torch.inference_mode():
         match, mask = model.match_of(batch)
-        maps = model.maps(match, (96, 96))
+        maps = model.maps(match, model.probability(match, (96, 96)), (96, 96))
         costs = cost_volume(compare(match.query, match.template, model.volume))
         least = resize_aligned(costs.amin(dim=1).mean(dim=1, keepdim=True), (96, 96))
     positive = mask.flatten().numpy() > 0.5
@@ -375,3 +378,21 @@ def test_what_a_filter_refuses(allgood: Command, run: Path, tree: Path, tmp_path
     said = allgood.refused("filter", run, tree / "wood" / "test" / "good", "--out", out)
     assert "was fitted on" in said or "category" in said
     assert not out.exists()
+
+
+@pytest.mark.usefixtures("tiny_network")
+def test_the_network_runs_once_whatever_size_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = behind(made("patchcore", tmp_path)).eval()
+    image, category = picture("wood", 1)[None], torch.ones(1, dtype=torch.int64)
+    calls: list[None] = []
+    once = model._logits
+    monkeypatch.setattr(model, "_logits", lambda *a, **k: calls.append(None) or once(*a, **k))
+    with torch.inference_mode():
+        small, large = (
+            model.predict(image, category),
+            model.predict(image, category, map_size=(50, 70)),
+        )
+    assert len(calls) == 2 and large.anomaly_map.shape == (1, 1, 50, 70)
+    torch.testing.assert_close(small.image_score, large.image_score)

@@ -43,7 +43,8 @@ def validate(
             continue
         match, mask = model.match_of(batch)
         size = (mask.shape[-2], mask.shape[-1])
-        maps = model.maps(match, image_size, map_size=size)
+        probability = model.probability(match, image_size)
+        maps = model.maps(match, probability, image_size, map_size=size)
         initial = resize_aligned(model.least_cost(match), size)
         for name, values in zip(parts, (initial, maps.host, maps.filter, mask), strict=True):
             parts[name].append(values.cpu())
