@@ -1,15 +1,14 @@
 """Door: good pictures -> a run's folder. `allgood.fit` for Python users and the command line.
 
-settings resolved -> folder prepared -> detector fitted -> files written -> calibrated -> published
+What is asked for is resolved and checked here, before anything is written; `fit_job` does it.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,8 @@ if TYPE_CHECKING:
     from allgood.data.readers import Dataset
     from allgood.data.transforms import Transform
     from allgood.encoders.frozen import FrozenEncoder
-    from allgood.learning import Training
-    from allgood.pictures import Pictures
     from allgood.recipes import Recipe
-    from allgood.types import Failure, Sample
+    from allgood.types import Sample
 
 ROTATIONS = (0, 45, 90, 135, 180, 225, 270, 315)
 """Angles of the rotated copies of few-shot references (AnomalyDINO)."""
@@ -127,6 +124,7 @@ def fit(
     from allgood.detectors import detector_classes
     from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
     from allgood.encoders.tiled import tiled
+    from allgood.fit_job import Job, make_run
     from allgood.ignored import read_given
     from allgood.inference import choose_device, require_at_least
     from allgood.pictures import Pictures
@@ -135,7 +133,6 @@ def fit(
     from allgood.types import Learner
     from allgood.unfinished import is_unfinished, refuse_folder
 
-    # Everything asked for is resolved and checked here, and nothing is written yet.
     out = Path(out)
     roots = [data] if isinstance(data, str | Path) else list(data)
     require_at_least(1, batch_size=batch_size, image_size=image_size, tile=tile, shots=shots)
@@ -231,7 +228,7 @@ def fit(
         "device": str(where),
     }
 
-    job = _Job(
+    job = Job(
         model=model.to(where).eval(),
         pictures=Pictures(chosen, transform, read_given(ignore, dataset.categories), augmented),
         held_out=held_out,
@@ -248,7 +245,7 @@ def fit(
         facts=facts,
         started=started,
     )
-    _make_run(out, job, overwrite)
+    make_run(out, job, overwrite)
     return out
 
 
@@ -277,34 +274,6 @@ def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path
     return out
 
 
-def _make_run(out: Path, job: _Job, overwrite: bool) -> None:
-    """Fit, write, calibrate in state/run, then move the new run into place.
-
-    Of several processes the first does all but the training alone.
-    """
-    from allgood.runs import STATE, is_finished
-    from allgood.unfinished import making
-
-    training = job.training
-    if training is not None and not training.fabric.is_global_zero:
-        if not training.fabric.broadcast(False):
-            _learn(job, training, out / STATE / "training")
-        return
-    with making(out, job.request(), overwrite) as state:
-        new = state / "run"
-        finished = is_finished(new)
-        if training is not None:
-            finished = training.fabric.broadcast(finished)
-        if not finished:
-            failures = (
-                _fill_bank(job, state / "patches")
-                if training is None
-                else _learn(job, training, state / "training")
-            )
-            _write_run(new, job, failures, state / "training")
-    _say_result(out)
-
-
 def few_shots(dataset: Dataset, shots: int, seed: int) -> list[Sample]:
     """The AnomalyDINO protocol: entries seed*k ... (seed+1)*k - 1 of each category's sorted good
     list."""
@@ -319,44 +288,6 @@ def few_shots(dataset: Dataset, shots: int, seed: int) -> list[Sample]:
             )
         chosen += block
     return chosen
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One fit, all of it resolved."""
-
-    model: Any
-    pictures: Pictures
-    """To fit on."""
-    held_out: Sequence[Sample]
-    """To calibrate on."""
-    angles: Sequence[float]
-    """Every picture is learned once per angle."""
-    batch_size: int
-    seed: int
-    budget_bytes: int
-    """What the patches may take in memory."""
-    training: Training | None
-    """How a detector learns by gradient; None: it only reads the pictures."""
-    max_false_alarm: float
-    device: str
-    digests: Mapping[Path, str]
-    """Of the pictures' files."""
-    config: dict[str, Any]
-    """What config.json will hold."""
-    facts: dict[str, Any]
-    """What provenance.json will hold of this fit."""
-    started: float
-
-    def request(self) -> dict[str, Any]:
-        """What a killed fit must agree in to be gone on with."""
-        from allgood.ignored import digests
-
-        return self.config | {
-            "fingerprint": self.facts["data_fingerprint"],
-            "max_false_alarm": self.max_false_alarm,
-            "ignore": digests(self.pictures.ignore_of),
-        }
 
 
 def _resolved_recipe(
@@ -405,108 +336,6 @@ def _read_good(
     if dataset.untrained:
         say(f"without good pictures, and so not learned: {', '.join(dataset.untrained)}")
     return dataset
-
-
-def _learn(job: _Job, training: Training, folder: Path) -> list[Failure]:
-    """Train the model, going on with what a killed training left in the folder.
-
-    Returns:
-        the pictures that could not be read.
-    """
-    from allgood.data.fingerprint import fingerprint
-    from allgood.ignored import digests
-    from allgood.learning import learn
-
-    key = {
-        "pictures": fingerprint(job.pictures.samples, job.digests),
-        "encoder": job.config["encoder"],
-        "transform": job.config["transform"],
-        "ignore": digests(job.pictures.ignore_of),
-        "encoding": job.model.encoding,
-    }
-    augment = job.pictures.augment
-    if augment:  # without any, the caches that were made before there was such a thing stay valid
-        key["augment"] = {name: list(how.shares()) for name, how in augment.items()}
-    return learn(
-        job.model,
-        job.pictures,
-        training,
-        folder=folder,
-        cache_key=key,
-        batch_size=job.batch_size,
-        seed=job.seed,
-    )
-
-
-def _fill_bank(job: _Job, folder: Path) -> list[Failure]:
-    """Fit the model, going on with what a killed fit left in the store's folder.
-
-    Returns:
-        the pictures that could not be read.
-    """
-    from allgood.banking import fill_bank
-
-    return fill_bank(
-        job.model,
-        job.pictures,
-        angles=job.angles,
-        folder=folder,
-        budget_bytes=job.budget_bytes,
-        batch_size=job.batch_size,
-        seed=job.seed,
-    )
-
-
-def _write_run(new: Path, job: _Job, failures: Sequence[Failure], training: Path) -> None:
-    """All files of the run, the thresholds among them."""
-    from allgood.calibrating import calibrate_on
-    from allgood.ignored import write_masks
-    from allgood.own_state import own_state
-    from allgood.runs import (
-        CONFIG,
-        PROVENANCE,
-        TRAINING_LOG,
-        WEIGHTS,
-        finish,
-        provenance,
-        write_json,
-        write_weights,
-    )
-
-    new.mkdir(exist_ok=True)
-    write_weights(new / WEIGHTS, own_state(job.model))
-    write_masks(new, job.pictures.ignore_of)
-    if job.training is not None:
-        shutil.copyfile(training / "log.jsonl", new / TRAINING_LOG)
-    fitted = {"fitted_pictures": len(job.pictures.samples) - len(failures)}
-    write_json(new / CONFIG, {**job.config, "data": job.config["data"] | fitted})
-    unreadable = [*failures]
-    if job.held_out:
-        unreadable += calibrate_on(new, job.held_out, job.max_false_alarm, device=job.device)
-    facts = job.facts | {
-        "unreadable": [[str(failure.path), failure.reason] for failure in unreadable],
-        "seconds": round(time.monotonic() - job.started, 1),
-    }
-    write_json(new / PROVENANCE, provenance(**facts))
-    finish(new)
-
-
-def _say_result(out: Path) -> None:
-    """The end of a fit on stderr: what was left out, and what there is now."""
-    from allgood.progress import say
-    from allgood.runs import CALIBRATION, CONFIG, PROVENANCE, read_json
-
-    config, facts = read_json(out / CONFIG), read_json(out / PROVENANCE)
-    if facts["unreadable"]:
-        say(f"left out, as they could not be read: {len(facts['unreadable'])} pictures")
-        for _, reason in facts["unreadable"]:
-            say(f"  {reason}")
-    say(
-        f"learned {len(config['categories'])} categories from "
-        f"{config['data']['fitted_pictures']} good pictures in {facts['seconds']:.0f} s"
-    )
-    if not (out / CALIBRATION).is_file():
-        say(f"without alarm thresholds: `allgood calibrate {out} GOOD` sets them")
 
 
 def _transform(

@@ -47,10 +47,14 @@ DOORS = {
     "calibrating": {"types", "data", "calibration", "runs", "progress", "inference"},
     "banking": {"types", "data", "layers", "pictures", "progress"},
     "learning": {"types", "data", "pictures", "progress", "training"},
+    "fit_job": {
+        *("types", "data", "runs", "progress", "unfinished", "ignored", "pictures", "own_state"),
+        *("calibrating", "banking", "learning"),
+    },
     "fitting": {
         *("types", "data", "encoders", "detectors", "runs", "progress", "unfinished"),
-        *("ignored", "pictures", "recipes", "own_state", "training", "inference", "calibrating"),
-        *("banking", "learning"),
+        *("ignored", "pictures", "recipes", "training", "inference", "calibrating"),
+        *("learning", "fit_job"),
     },
     "filtering": {
         *("types", "data", "drawing", "pictures", "costfilter", "recipes", "runs", "progress"),

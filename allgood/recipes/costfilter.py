@@ -37,14 +37,21 @@ class FilterRecipe:
         )
 
 
-_ADAM = {
-    "optimizer": "adam",
-    "warmup_steps": 0,
-    "beta2": 0.98,
-    "epsilon": 1e-8,
-    "weight_decay": 0.0,
-    "gradient_clip": 0.0,  # the authors clip after the step, so not at all
-}
+def _adam(steps: int, batch_size: int, rate: float) -> dict[str, Any]:
+    return {
+        "optimizer": "adam",
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": rate,
+        "final_learning_rate": rate,
+        "warmup_steps": 0,
+        "beta2": 0.98,
+        "epsilon": 1e-8,
+        "weight_decay": 0.0,
+        "gradient_clip": 0.0,  # the authors clip after the step, so not at all
+    }
+
+
 _PUBLISHED = {"size": "full", "gamma": "reference", "head": "kaiming"}
 _TOKENS = _PUBLISHED | {  # what GLAD's and AnomalDF's have in common
     "split": (768, 768, 768, 768),
@@ -78,9 +85,7 @@ FILTERS: dict[str, FilterRecipe] = {
             "mask_side": 392,
         },
         # The authors' README; the paper's table was trained with 1e-3.
-        train=_ADAM
-        | {"steps": 5100, "batch_size": 12}
-        | {"learning_rate": 1e-4, "final_learning_rate": 1e-4},
+        train=_adam(5100, 12, 1e-4),
         draws=17,
     ),
     # 224, EfficientNet-B4. They add P + 0.02 H on MVTec AD, which ranks as lambda = 1 / 1.02;
@@ -97,9 +102,7 @@ FILTERS: dict[str, FilterRecipe] = {
             "top_fraction": 0.004983,  # 250 of 224 x 224
             "mask_side": 224,
         },
-        train=_ADAM
-        | {"steps": 5400, "batch_size": 16}
-        | {"learning_rate": 1e-3, "final_learning_rate": 1e-3},
+        train=_adam(5400, 16, 1e-3),
         draws=24,
     ),
     # 256, DINO ViT-B/8, blocks 3, 6, 9, 12. GLAD, whose templates are three reconstructions, is not
@@ -115,9 +118,7 @@ FILTERS: dict[str, FilterRecipe] = {
             "fusion": 0.4,
             "top_fraction": 0.003815,  # 250 of 256 x 256
         },
-        train=_ADAM
-        | {"steps": 21_700, "batch_size": 8}
-        | {"learning_rate": 1e-3, "final_learning_rate": 1e-3},
+        train=_adam(21_700, 8, 1e-3),
         draws=48,
     ),
     # The same, behind recipe `anomaldf`. lambda 0.5 and the Gaussian on the result are MVTec AD's;
@@ -134,9 +135,7 @@ FILTERS: dict[str, FilterRecipe] = {
             "fusion": 0.5,
             "top_fraction": 0.000153,  # 10 of 256 x 256
         },
-        train=_ADAM
-        | {"steps": 12_700, "batch_size": 8}
-        | {"learning_rate": 1e-3, "final_learning_rate": 1e-3},
+        train=_adam(12_700, 8, 1e-3),
         draws=28,
     ),
 }
