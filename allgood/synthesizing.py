@@ -345,17 +345,21 @@ def _sheet(looks: Sequence[tuple[str, tuple[np.ndarray, ...]]]) -> np.ndarray:
     from PIL import Image, ImageDraw
 
     gap, line = 8, 18
-    height = max(len(picture) for _, pictures in looks for picture in pictures) + line + gap
-    width = 3 * (_THUMBNAIL + 2) + 2 * gap
     columns = min(2, len(looks))
-    sheet = Image.new("RGB", (columns * width, -(-len(looks) // columns) * height), "white")
+    rows = [looks[i : i + columns] for i in range(0, len(looks), columns)]
+    heights = [max(len(p) for _, pictures in row for p in pictures) + line + gap for row in rows]
+    width = 3 * (_THUMBNAIL + 2) + 2 * gap
+    sheet = Image.new("RGB", (columns * width, sum(heights)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (caption, pictures) in enumerate(looks):
-        left, top = i % columns * width + gap, i // columns * height
-        # Pillow's own font knows few letters beyond ASCII.
-        pen.text((left, top + 3), caption.encode("ascii", "replace").decode(), fill="black")
-        for j, picture in enumerate(pictures):
-            sheet.paste(Image.fromarray(picture), (left + j * (_THUMBNAIL + 2), top + line))
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        for i, (caption, pictures) in enumerate(row):
+            left = i * width + gap
+            # Pillow's own font knows few letters beyond ASCII.
+            pen.text((left, top + 3), caption.encode("ascii", "replace").decode(), fill="black")
+            for j, picture in enumerate(pictures):
+                sheet.paste(Image.fromarray(picture), (left + j * (_THUMBNAIL + 2), top + line))
+        top += height
     return np.asarray(sheet)
 
 

@@ -50,24 +50,35 @@ def random_mask(count: int) -> Tensor:
 def test_linear_attention_is_the_normalised_quadratic_form(scale: float, masked: bool) -> None:
     query, key, value = tensors(2, 3, 21, 8, scale=scale)
     mask = random_mask(21) if masked else None
-    found = linear_attention(query, key, value, epsilon=0.0, mask=mask)
+    found = linear_attention(torch.stack([query, key, value]), epsilon=0.0, mask=mask)
     assert found.dtype == torch.float32
     expected = by_definition(query, key, value, mask)
     assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 def test_a_mask_that_hides_nothing_changes_nothing() -> None:
-    query, key, value = tensors(1, 2, 30, 16)
+    qkv = torch.stack(tensors(1, 2, 30, 16))
     everything = torch.ones(30, 30, dtype=torch.bool)
-    torch.testing.assert_close(
-        linear_attention(query, key, value), linear_attention(query, key, value, mask=everything)
-    )
+    torch.testing.assert_close(linear_attention(qkv), linear_attention(qkv, mask=everything))
+
+
+def test_the_gradient_is_that_of_the_quadratic_form() -> None:
+    packed = torch.stack(tensors(3, 2, 30, 8))
+    weight = torch.randn(3, 2, 30, 8, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for mask in (None, torch.ones(30, 30, dtype=torch.bool)):
+        leaf = packed.permute(1, 3, 0, 2, 4).contiguous().requires_grad_()  # as a projection's
+        out = linear_attention(leaf.permute(2, 0, 3, 1, 4), mask=mask)
+        (out * weight).sum().backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_epsilon_stands_in_the_denominator() -> None:
     one = torch.ones(1, 1, 1, 1)  # phi = 2, so 4 v / (4 + epsilon)
     for mask in (None, torch.ones(1, 1, dtype=torch.bool)):
-        found = linear_attention(one, one, 3 * one, epsilon=1.0, mask=mask)
+        found = linear_attention(torch.stack([one, one, 3 * one]), epsilon=1.0, mask=mask)
         assert found.item() == pytest.approx(12 / 5)
 
 
@@ -78,15 +89,15 @@ def test_epsilon_stands_in_the_denominator() -> None:
 )
 def test_finite_at_extremes(q: float, k: float, dtype: torch.dtype, autocast: bool) -> None:
     noise = tensors(1, 2, 40, 8)
-    query, key, value = (t.to(dtype) for t in (noise[0] + q, noise[1] + k, noise[2]))
+    qkv = torch.stack([noise[0] + q, noise[1] + k, noise[2]]).to(dtype)
     for mask in (None, random_mask(40)):
-        inputs = [t.clone().requires_grad_() for t in (query, key, value)]
+        leaf = qkv.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = linear_attention(*inputs, mask=mask)
+            out = linear_attention(leaf, mask=mask)
         assert out.dtype == torch.float32 and torch.isfinite(out).all()
         out.square().sum().backward()
-        for tensor in inputs:
-            assert tensor.grad is not None and torch.isfinite(tensor.grad).all()
+        assert leaf.grad is not None and leaf.grad.dtype == dtype
+        assert torch.isfinite(leaf.grad).all()
 
 
 @pytest.mark.parametrize("t", [-6.0, -20.0, -50.0])
@@ -95,16 +106,17 @@ def test_small_keys_still_count(t: float) -> None:
     _, _, value = tensors(1, 1, 12, 4)
     query, key = torch.zeros(1, 1, 12, 4), torch.full((1, 1, 12, 4), t)
     with torch.autocast("cpu", torch.bfloat16):
-        found = linear_attention(query.bfloat16(), key.bfloat16(), value, epsilon=0.0)
+        found = linear_attention(torch.stack([query, key, value]).bfloat16(), epsilon=0.0)
+    value = value.bfloat16().float()
     expected = value.mean(dim=2, keepdim=True).expand_as(value)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_changes_no_number() -> None:
-    query, key, value = tensors(2, 2, 33, 16)
+    qkv = torch.stack(tensors(2, 2, 33, 16))
     with torch.autocast("cpu", torch.bfloat16):
-        found = linear_attention(query, key, value)
-    assert torch.equal(found, linear_attention(query, key, value))
+        found = linear_attention(qkv)
+    assert torch.equal(found, linear_attention(qkv))
 
 
 @pytest.mark.parametrize("masked", [False, True])

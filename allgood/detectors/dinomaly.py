@@ -295,13 +295,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None) -> Tensor:
         packed = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, C / heads)
-        # Laid out once as the products want it; they would each copy their own view otherwise.
-        query, key, value = packed.permute(2, 0, 3, 1, 4).contiguous()
+        qkv = packed.permute(2, 0, 3, 1, 4)
         if self.config.mixer == "linear":
-            epsilon = self.config.attention_epsilon
-            out = linear_attention(query, key, value, epsilon=epsilon, mask=mask)
+            out = linear_attention(qkv, epsilon=self.config.attention_epsilon, mask=mask)
         else:
-            out = softmax_attention(query, key, value, mask=mask)
+            out = softmax_attention(*qkv, mask=mask)
         return self.proj(out.transpose(1, 2).flatten(2).to(x.dtype))
 
 

@@ -78,17 +78,15 @@ class Codebooks(nn.Module):
     @torch.no_grad()
     def _lookup(self, x: Tensor, which: Tensor, follow: bool) -> Tensor:
         """(B, N, D): the nearest codes as they were before the update."""
-        codes = self.codes[which]  # (B, K, D)
-        index = nearest_code(x, codes)
-        nearest = codes.gather(1, index.unsqueeze(2).expand_as(x))
+        index = nearest_code(x, self.codes[which])
+        row = (index + which[:, None] * self.codes.shape[1]).flatten()  # of all sets' codes
+        nearest = self.codes.flatten(0, 1)[row].view_as(x)
         if follow:
-            count, total = assigned(x, index, codes.shape[1])
-            # To one row per codebook; as a product, since sums by index differ from run to run.
-            member = F.one_hot(which, len(self.codes)).float().T  # (S, B)
-            count, total = member @ count, torch.tensordot(member, total, 1)
+            count, total = assigned(x.flatten(0, 1), row, self.counts.numel())
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(count)
                 dist.all_reduce(total)
+            count, total = count.view_as(self.counts), total.view_as(self.sums)
             follow_tokens(self.codes, self.sums, self.counts, count, total)
         return nearest
 
@@ -101,23 +99,30 @@ class Codebooks(nn.Module):
             )
         nearest = []
         for tokens, i in zip(x, which.tolist(), strict=True):
-            index = nearest_code(tokens[None], self.codes[i, None])
-            nearest.append(self.codes[i, index[0]])
-            count, total = assigned(tokens[None], index, self.codes.shape[1])
-            follow_tokens(self.codes[i], self.sums[i], self.counts[i], count[0], total[0])
+            (index,) = nearest_code(tokens[None], self.codes[i, None])
+            nearest.append(self.codes[i, index])
+            count, total = assigned(tokens, index, self.codes.shape[1])
+            follow_tokens(self.codes[i], self.sums[i], self.counts[i], count, total)
         return torch.stack(nearest)
 
 
 def nearest_code(x: Tensor, codes: Tensor) -> Tensor:
     """argmin_k |x - e_k|^2 of tokens (B, N, D) among codes (B, K, D); (B, N) int64."""
-    length = codes.square().sum(dim=2).unsqueeze(1)  # (B, 1, K)
+    length = torch.linalg.vector_norm(codes, dim=2).square().unsqueeze(1)  # (B, 1, K)
     return torch.baddbmm(length, x, codes.transpose(1, 2), alpha=-2).argmin(dim=2)
 
 
-def assigned(x: Tensor, index: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """How many tokens chose each code, (B, K), and the sum of those tokens, (B, K, D)."""
-    chosen = F.one_hot(index, size).to(x.dtype)  # (B, N, K)
-    return chosen.sum(dim=1), chosen.transpose(1, 2) @ x
+def assigned(x: Tensor, code: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """How many of the tokens (T, D) chose each of `count` codes, and the sum of those tokens.
+
+    Args:
+        code: (T,) int64.
+
+    Returns:
+        (count,) and (count, D) float32; the sums' order is not the same on every run on a GPU.
+    """
+    number = x.new_zeros(count).index_add_(0, code, x.new_ones(len(code)))
+    return number, x.new_zeros(count, x.shape[1]).index_add_(0, code, x)
 
 
 def follow_tokens(

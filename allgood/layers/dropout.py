@@ -20,7 +20,7 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     dropped = round(probability * _LEVELS)
     numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = numbers.view(torch.int16)[: x.numel()].view(x.shape)
-    keep = (bits >= dropped - _LEVELS // 2).to(x.dtype)
+    keep = bits.ge_(dropped - _LEVELS // 2).to(x.dtype)  # 0 or 1; no Boolean, whose cast is slow
     return x * keep.mul_(1 / (1 - probability))
 
 

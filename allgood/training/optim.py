@@ -102,7 +102,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
         betas=betas,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        foreach=True,
+        fused=True,
     )
 
 
