@@ -1,5 +1,7 @@
 """PixelState: guaranteed bounds, merging, and what it refuses."""
 
+import errno
+import io
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from allgood.metrics import PixelState
+from allgood.metrics import PixelState, map_store
 from allgood.metrics.histogram import PagedHistogram, key_scores, score_keys
 from allgood.types import InputError
 
@@ -76,7 +78,52 @@ def test_bounds_hold_the_exact_value(
             assert true[name].bound == 0
             assert metric.lower - 1e-9 <= value <= metric.upper + 1e-9, name
             assert metric.lower <= metric.value <= metric.upper, name
+            if name.startswith("dsc"):
+                assert metric == true[name], name
     assert state.normal_pixels == exact.normal_pixels
+
+
+def test_dsc_is_the_same_from_maps_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, masks = noisy(12, 0)
+    within, beyond = PixelState(exact_pixels=0, max_bins=8), PixelState(exact_pixels=0, max_bins=8)
+    within.update(maps, masks)
+    monkeypatch.setattr(map_store, "_IN_MEMORY", 100)
+    beyond.update(maps[:5], masks[:5], names(5))
+    other = PixelState(exact_pixels=0, max_bins=8)
+    other.update(maps[5:], masks[5:], names(12)[5:])
+    beyond.merge(other)
+    assert beyond.result() == within.result()
+
+
+def test_a_full_disk_costs_dsc_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class FullDisk(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    maps, masks = noisy(6, 0)
+    expected = PixelState()
+    expected.update(maps, masks, names(6))
+    monkeypatch.setattr(map_store.tempfile, "SpooledTemporaryFile", lambda _: FullDisk())
+    state = PixelState()
+    state.update(maps, masks, names(6))
+    state.save(tmp_path / "state")
+    for found in (state.result(), PixelState.load(tmp_path / "state").result()):
+        for name, metric in expected.result().items():
+            if name.startswith("dsc"):
+                assert "No space left on device" in found[name].reason
+            else:
+                assert found[name] == metric
+
+
+def test_without_dsc_no_map_is_kept() -> None:
+    maps, masks = noisy(6, 0)
+    state, full = PixelState(with_dsc=False), PixelState()
+    for one in (state, full):
+        one.update(maps, masks)
+    expected = {k: v for k, v in full.result().items() if not k.startswith("dsc")}
+    assert state.result() == expected
+    with pytest.raises(InputError, match="with_dsc=False and with_dsc=True"):
+        state.merge(full)
 
 
 @pytest.mark.parametrize("exact", [True, False])

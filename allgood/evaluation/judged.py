@@ -35,7 +35,7 @@ class Judged:
             name: exact or (pixel_size > 0 and count * pixel_size**2 * num_maps <= EXACT_PIXELS)
             for name, count in counts.items()
         }
-        self.pooled = PixelState(exact=exact)
+        self.pooled = PixelState(exact=exact, with_dsc=False)  # UniAS defines it per category
         self.samples: list[Sample] = []
         self.map_scores: list[list[float]] = [[] for _ in range(num_maps)]
         self.judged_as: list[str] = []

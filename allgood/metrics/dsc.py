@@ -1,74 +1,98 @@
 """DSC as UniAS defines it: mean Dice per image where precision + recall is largest."""
 
 import math
-from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from allgood.metrics.ranking import Groups, Integers, Metric
+from allgood.metrics.histogram import Integers, Keys, key_scores, score_keys
+from allgood.metrics.map_store import MapStore, Scores
+from allgood.metrics.ranking import Groups, Metric
 
 
-def dsc(
-    groups: Groups,
-    num_exact: int,
-    counts: Callable[[int | None], tuple[Integers, Integers]],
-    positives: Integers,
-    negatives: Integers,
-) -> dict[str, Metric]:
+def dsc(groups: Groups, lowest: Keys, shift: int, maps: MapStore) -> dict[str, Metric]:
     """Dice, 2T / (T + F + P), at t*, the lowest score with the largest P + R, in three means.
 
     `dsc` is the mean over images, as UniAS reports it: an image with an empty mask counts 1 if
     nothing in it is predicted, else 0. `dsc_defective` is the mean over images with a mask that is
-    not empty, `dsc_pooled` that of all pixels as if they were one image.
-
-    In the exact groups t* and the counts are exact. If t* may lie in a later group, an image's T
-    there lies between its T among all exactly kept pixels and all its positives, and likewise F.
+    not empty, `dsc_pooled` that of all pixels as if they were one image. All are exact: the maps
+    are looked at again where the ranking is too coarse to tell t*, and for each image's counts.
 
     Args:
         groups: the ranking of all pixels.
-        num_exact: how many leading groups come from the exact store.
-        counts: T and F (images,) when predicting down to exact group i, or, for None, all exactly
-            kept pixels.
-        positives, negatives: pixels of each image (images,).
+        lowest: (G,) lowest key of each group; a group that is not tied holds the 2^shift from it.
+        maps: of all images.
     """
     means = {"dsc": _mean_dice, "dsc_defective": _mean_defective, "dsc_pooled": _pooled_dice}
-    if reason := groups.why_undefined():
+    if reason := groups.why_undefined() or maps.lost:
         return dict.fromkeys(means, Metric.undefined(reason))
-    t, f = groups.true_positives, groups.false_positives
+    threshold = _best_threshold(groups, lowest, shift, maps)
+    counts = np.array(
+        [
+            (np.count_nonzero(s >= threshold), np.count_nonzero(of >= threshold), len(of))
+            for s, of in maps.images()
+        ]
+    )
+    predicted, t, positives = counts.T
+    return {name: Metric.exact(mean(t, predicted - t, positives)) for name, mean in means.items()}
+
+
+def _best_threshold(groups: Groups, lowest: Keys, shift: int, maps: MapStore) -> np.float32:
+    """t*."""
+    t = groups.true_positives
     recall = t / groups.num_positives
-    reached = t / (t + f) + recall
+    reached = t / (t + groups.false_positives) + recall
     reachable = t / (t + groups.fewest_false_positives) + recall
-    exact, later = reached[:num_exact], reached[num_exact:]
-    best = None
-    if num_exact and exact.max() >= later.max(initial=0):
-        best = counts(num_exact - 1 - int(np.argmax(exact[::-1])))  # the lowest of equals
-    elsewhere = counts(None) if (reachable[num_exact:] >= reached.max()).any() else None
-    result = {}
-    for name, mean in means.items():
-        candidates: list[Metric] = []
-        if best is not None:
-            candidates.append(Metric.exact(mean(*best, positives)))
-        if elsewhere is not None:
-            t, f = elsewhere
-            candidates.append(
-                Metric(
-                    mean(t, f, positives),
-                    mean(t, negatives, positives),
-                    mean(positives, f, positives),
-                )
-            )
-        result[name] = Metric(
-            candidates[0].value,
-            min(metric.lower for metric in candidates),
-            max(metric.upper for metric in candidates),
-        )
-    return result
+    sums, keys = [reached[groups.tied]], [lowest[groups.tied]]
+    open_ = np.flatnonzero(~groups.tied & (reachable >= reached.max()))
+    for i, (key, pixels, positives) in zip(open_, _inside(lowest[open_], shift, maps), strict=True):
+        t_there = t[i] - groups.positives[i] + positives
+        f_there = groups.above[i] + pixels - positives
+        sums.append(t_there / (t_there + f_there) + t_there / groups.num_positives)
+        keys.append(key)
+    sum_, key = np.concatenate(sums), np.concatenate(keys)
+    lowest_of_equals = key[sum_ == sum_.max()].min()
+    return np.float32(key_scores(np.array([lowest_of_equals]))[0])
+
+
+def _inside(lowest: Keys, shift: int, maps: MapStore) -> list[tuple[Keys, Integers, Integers]]:
+    """What each bin holds: its distinct keys, descending, with the pixels and the positives of the
+    bin that lie at or above each."""
+    if not len(lowest):
+        return []
+    bits = np.uint32(shift)
+    wanted = np.sort(lowest >> bits)
+
+    def counted(scores: Scores) -> tuple[Keys, Integers]:
+        keys = score_keys(scores)
+        keys = keys[(keys >> bits >= wanted[0]) & (keys >> bits <= wanted[-1])]
+        keys = keys[np.isin(keys >> bits, wanted)]
+        return np.unique(keys, return_counts=True)
+
+    key, pixels = _summed([counted(scores) for scores, _ in maps.images()])
+    positive_key, counts = _summed([counted(positives) for _, positives in maps.images()])
+    positives = np.zeros(len(key), np.int64)
+    positives[np.searchsorted(key, positive_key)] = counts
+    parts = []
+    for bin_ in lowest >> bits:
+        inside = np.flatnonzero(key >> bits == bin_)[::-1]
+        parts.append((key[inside], np.cumsum(pixels[inside]), np.cumsum(positives[inside])))
+    return parts
+
+
+def _summed(counted: list[tuple[Keys, Integers]]) -> tuple[Keys, Integers]:
+    """Distinct keys, ascending, and how often they occur in all parts."""
+    every = np.concatenate([keys for keys, _ in counted])
+    keys, place = np.unique(every, return_inverse=True)
+    counts = np.zeros(len(keys), np.int64)
+    np.add.at(counts, place, np.concatenate([count for _, count in counted]))
+    return keys, counts
 
 
 def _mean_dice(t: Integers, f: Integers, positives: Integers) -> float:
     """Mean over images, where an empty prediction of an empty mask is 1."""
     total = t + f + positives
-    dice = np.where(total > 0, 2 * t / np.maximum(total, 1), 1.0)
+    dice: NDArray[np.float64] = np.where(total > 0, 2 * t / np.maximum(total, 1), 1.0)
     return math.fsum(dice) / len(dice)  # exact sum: no trace of the images' order
 
 

@@ -6,7 +6,8 @@ curve, the threshold of F1max and the threshold of DSC. Metrics see the ranking 
 the top store followed by bins from the histogram (ranking.py), and come with guaranteed bounds.
 
 In the top store (top_store.py) a pixel carries its owner: one per image for its normal pixels and
-one per region, so that DSC's counts per image are exact where its threshold lies there.
+one per region, which tells the region's weight. DSC alone needs counts per image at a threshold
+that is known at the end: for it the maps are kept as they are (map_store.py).
 """
 
 import json
@@ -22,7 +23,15 @@ from safetensors.numpy import save_file
 from scipy import ndimage
 
 from allgood.metrics.dsc import dsc
-from allgood.metrics.histogram import KEY_END, Bins, PagedHistogram, key_scores, score_keys
+from allgood.metrics.histogram import (
+    KEY_END,
+    Bins,
+    Keys,
+    PagedHistogram,
+    key_scores,
+    score_keys,
+)
+from allgood.metrics.map_store import MapStore
 from allgood.metrics.ranking import (
     Floats,
     Groups,
@@ -41,7 +50,8 @@ WEIGHT_ONE = 1 << 44
 """Fixed-point 1 of region weights: integers make sums exact in any order. Room for 2^19 regions."""
 _MAX_REGIONS = 1 << 19
 _CHUNK = 1 << 16  # pixels whose keys and slots stay in a core's cache
-_FORMAT = "allgood.PixelState 1"  # name and version
+_FORMAT = "allgood.PixelState 2"  # name and version
+_SETTINGS = ("exact", "exact_pixels", "max_bins", "with_dsc")
 _EIGHT_CONNECTED = np.ones((3, 3), np.int32)
 
 
@@ -54,19 +64,26 @@ class PixelState:
     Args:
         exact: keep all pixels (8 bytes each) and no histogram; then every bound is 0.
         exact_pixels: how many of the highest scores are kept exactly otherwise (12 bytes each).
-            DSC is exact if its threshold lies among them and has wide bounds if it may not: with
-            many defective pixels, or a detector so weak that the threshold accepts nearly all.
         max_bins: budget of the histogram (24 bytes each).
+        with_dsc: measure DSC too, which keeps every map: 4 bytes per pixel, beyond 64 MiB in a
+            temporary file.
     """
 
     def __init__(
-        self, *, exact: bool = False, exact_pixels: int = 1 << 20, max_bins: int = 1 << 18
+        self,
+        *,
+        exact: bool = False,
+        exact_pixels: int = 1 << 20,
+        max_bins: int = 1 << 18,
+        with_dsc: bool = True,
     ) -> None:
         if exact_pixels < 0:
             raise ValueError(f"exact_pixels must not be negative, got {exact_pixels}")
         self.exact = exact
         self.exact_pixels = exact_pixels
         self.max_bins = max_bins
+        self.with_dsc = with_dsc
+        self._maps = MapStore()
         self._histogram = PagedHistogram(max_bins)
         self._top = TopStore(None if exact else exact_pixels)
         self._image_ids: dict[str, int] = {}
@@ -134,7 +151,7 @@ class PixelState:
         Raises:
             InputError: settings differ, or an image is in both states.
         """
-        for name in ("exact", "exact_pixels", "max_bins"):
+        for name in _SETTINGS:
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 raise InputError(
@@ -145,6 +162,7 @@ class PixelState:
         first_image, first_owner = self.num_images, len(self._owner_image)
         self._check_regions(other.num_regions)
         self._histogram.merge(other._histogram)
+        self._maps.merge(other._maps)
         self._image_ids |= {name: i + first_image for name, i in other._image_ids.items()}
         self._image_pixels += other._image_pixels
         self._image_positives += other._image_positives
@@ -158,8 +176,8 @@ class PixelState:
         """The ranking: exact groups from the top store, then bins below its cut."""
         return self._ranking()[0]
 
-    def _ranking(self) -> tuple[Groups, int]:
-        """The groups, and how many leading ones come from the top store."""
+    def _ranking(self) -> tuple[Groups, Keys]:
+        """The groups, and the lowest key of each."""
         self._settle()
         top, top_above = self._top.groups(np.array(self._owner_weight, np.int64))
         low, low_between = self._histogram.positive_bins_below(self._top.cut)
@@ -170,39 +188,36 @@ class PixelState:
         # A page's bins are single keys when nothing was shifted away.
         tied = np.full(len(pixels), self._histogram.shift == 0)
         tied[: len(top.key)] = True
+        key = np.concatenate([top.key, low.key])
         groups = Groups(
             unit="pixels",
             num_negatives=self.normal_pixels,
             num_positives=self.defective_pixels,
             num_regions=self.num_regions,
-            threshold=key_scores(np.concatenate([top.key, low.key])),
+            threshold=key_scores(key),
             above=pixels_above - positives_above,
             negatives=pixels - positives,
             positives=positives,
             weight=np.concatenate([top.weight, low.weight]),
             tied=tied,
         )
-        return groups, len(top.key)
+        return groups, key
 
     def result(self, fpr_limit: float = 0.3) -> dict[str, Metric]:
-        """All pixel metrics: pixel_auroc, pixel_ap, pixel_f1max, pixel_ioumax, aupro, dsc,
-        dsc_defective, dsc_pooled."""
-        groups, num_exact = self._ranking()
+        """All pixel metrics: pixel_auroc, pixel_ap, pixel_f1max, pixel_ioumax, aupro; and, unless
+        the state does without, dsc, dsc_defective, dsc_pooled."""
+        groups, lowest = self._ranking()
         best = best_f1(groups)
-        positives = np.array(self._image_positives, np.int64)
-        negatives = np.array(self._image_pixels, np.int64) - positives
-
-        def counts(group: int | None) -> tuple[Integers, Integers]:
-            return self._counts_per_image(None if group is None else groups.threshold[group])
-
-        return {
+        metrics = {
             "pixel_auroc": auroc(groups),
             "pixel_ap": average_precision(groups),
             "pixel_f1max": best.f1max,
             "pixel_ioumax": best.ioumax,
             "aupro": aupro(groups, fpr_limit),
-            **dsc(groups, num_exact, counts, positives, negatives),
         }
+        if self.with_dsc:
+            metrics |= dsc(groups, lowest, self._histogram.shift, self._maps)
+        return metrics
 
     def f1max_threshold(self) -> float:
         """Highest score t for which `score >= t` reaches pixel_f1max; chosen on test labels."""
@@ -222,6 +237,8 @@ class PixelState:
             "exact": self.exact,
             "exact_pixels": self.exact_pixels,
             "max_bins": self.max_bins,
+            "with_dsc": self.with_dsc,
+            "maps_lost": self._maps.lost,
             "shift": self._histogram.shift,
             "cut": self._top.cut,
             "image_ids": sorted(self._image_ids),
@@ -248,12 +265,19 @@ class PixelState:
         settings = json.loads(metadata.get("state", "{}"))
         if settings.get("format") != _FORMAT:
             raise InputError(f"{path} is not a saved PixelState of this version ({_FORMAT})")
-        state = cls(**{name: settings[name] for name in ("exact", "exact_pixels", "max_bins")})
+        state = cls(**{name: settings[name] for name in _SETTINGS})
         state._image_ids = {name: i for i, name in enumerate(settings["image_ids"])}
         state._image_pixels = arrays["image_pixels"].tolist()
         state._image_positives = arrays["image_positives"].tolist()
         state._owner_weight = arrays["owner_weight"].tolist()
         state._owner_image = arrays["owner_image"].tolist()
+        state._maps.lost = settings["maps_lost"]
+        start = 0
+        if state.with_dsc and not state._maps.lost:
+            for pixels, positives in zip(state._image_pixels, state._image_positives, strict=True):
+                middle, end = start + pixels, start + pixels + positives
+                state._maps.append(arrays["maps"][start:middle], arrays["maps"][middle:end])
+                start = end
         state._top.cut = settings["cut"]
         state._top.keep(arrays["top"])
         bins = (arrays[f"bin_{name}"] for name in ("key", "pixels", "positives", "weight"))
@@ -266,8 +290,7 @@ class PixelState:
             return NotImplemented
         ours, theirs = self._arrays(), other._arrays()
         return (
-            (self.exact, self.exact_pixels, self.max_bins)
-            == (other.exact, other.exact_pixels, other.max_bins)
+            all(getattr(self, name) == getattr(other, name) for name in _SETTINGS)
             and self._image_ids.keys() == other._image_ids.keys()
             and all(np.array_equal(ours[name], theirs[name]) for name in ours)
         )
@@ -302,9 +325,12 @@ class PixelState:
             if len(high):
                 of = None if owner is None else owner[start:][high]
                 self._keep(make_entries(keys[high], of, first_owner))
+        positives = scores[where]
         if len(where) and not self.exact:
             weights = np.array(self._owner_weight[first_owner:], np.int64)
-            self._histogram.add_positives(score_keys(scores[where]), weights[region])
+            self._histogram.add_positives(score_keys(positives), weights[region])
+        if self.with_dsc:
+            self._maps.append(scores, positives)
 
     def _keep(self, entries: Entries) -> None:
         if not self._top.has_room(len(entries)):
@@ -326,18 +352,6 @@ class PixelState:
         self._raise_cut()
         self._top.sort()
 
-    def _counts_per_image(self, threshold: float | None) -> tuple[Integers, Integers]:
-        """T and F per image at a threshold in the top store; None for all that it holds."""
-        lowest = 0
-        if threshold is not None:
-            lowest = int(score_keys(np.array([threshold], np.float32))[0])
-        per_owner = self._top.owner_counts(lowest, len(self._owner_image))
-        t, f = np.zeros((2, self.num_images), np.int64)
-        image, positive = np.array(self._owner_image), np.array(self._owner_weight) > 0
-        np.add.at(t, image[positive], per_owner[positive])
-        np.add.at(f, image[~positive], per_owner[~positive])
-        return t, f
-
     def _arrays(self) -> dict[str, NDArray[Any]]:
         """The state in a form that only depends on the data: images by name, all else sorted."""
         self._settle()
@@ -349,7 +363,10 @@ class PixelState:
         renamed = np.empty(len(owners), np.uint64)
         renamed[owners] = np.arange(len(owners))
         bins = self._histogram.bins()
+        kept = order.tolist() if self.with_dsc and not self._maps.lost else []
+        maps = [scores for index in kept for scores in self._maps.image(index)]
         return {
+            "maps": np.concatenate([np.zeros(0, np.float32), *maps]),
             "image_pixels": np.array(self._image_pixels, np.int64)[order],
             "image_positives": np.array(self._image_positives, np.int64)[order],
             "owner_image": owner_image[owners],

@@ -97,15 +97,6 @@ class TopStore:
             end = start
         return concatenate(parts), np.concatenate([np.zeros(0, np.int64), *above])
 
-    def owner_counts(self, lowest: int, num_owners: int) -> Integers:
-        """(num_owners,) entries of each owner with a key of at least `lowest`; must be sorted."""
-        counts = np.zeros(num_owners, np.int64)
-        start = int(np.searchsorted(self.entries, np.uint64(lowest << 32)))
-        for begin in range(start, self._used, _CHUNK):
-            entries = self._buffer[begin : min(begin + _CHUNK, self._used)]
-            counts += np.bincount((entries & _OWNER_BITS).astype(np.intp), minlength=num_owners)
-        return counts
-
     def renamed(self, owner: NDArray[np.uint64]) -> Entries:
         """Sorted entries with each owner replaced by owner[old number]."""
         old = (self.entries & _OWNER_BITS).astype(np.intp)
