@@ -83,6 +83,29 @@ def test_bounds_hold_the_exact_value(
     assert state.normal_pixels == exact.normal_pixels
 
 
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_areas_clipped_to_0_and_1_are_ties(spoilt: bool, tmp_path: Path) -> None:
+    maps, masks = noisy(12, 3)
+    maps = np.clip(4 * maps - 2, 0, 1).astype(np.float32)
+    assert ((maps == 0) & masks).any() and ((maps == 1) & masks).any()
+    if spoilt:
+        maps[3, 0, :2] = 1e-42, 1.0001
+    exact, streamed = PixelState(exact=True), PixelState(exact_pixels=0, max_bins=8)
+    exact.update(maps, masks, names(12))
+    other = PixelState(exact_pixels=0, max_bins=8)
+    streamed.update(maps[:3], masks[:3], names(3))
+    other.update(maps[3:], masks[3:], names(12)[3:])
+    streamed.merge(other)
+    streamed.save(tmp_path / "state")
+    true = exact.result()
+    for found in (streamed.result(), PixelState.load(tmp_path / "state").result()):
+        for name, metric in found.items():
+            assert metric.lower - 1e-9 <= true[name].value <= metric.upper + 1e-9
+    tied = PixelState.load(tmp_path / "state").groups()
+    assert bool(tied.tied[tied.threshold == 0]) is not spoilt
+    assert bool(tied.tied[tied.threshold == 1]) is not spoilt
+
+
 def test_dsc_is_the_same_from_maps_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     maps, masks = noisy(12, 0)
     within, beyond = PixelState(exact_pixels=0, max_bins=8), PixelState(exact_pixels=0, max_bins=8)

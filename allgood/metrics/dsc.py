@@ -63,9 +63,11 @@ def _inside(lowest: Keys, shift: int, maps: MapStore) -> list[tuple[Keys, Intege
     bits = np.uint32(shift)
     wanted = np.sort(lowest >> bits)
 
+    ends = np.array([int(wanted[0]) << shift, (int(wanted[-1]) + 1 << shift) - 1], np.uint32)
+    least, most = key_scores(ends).astype(np.float32)
+
     def counted(scores: Scores) -> tuple[Keys, Integers]:
-        keys = score_keys(scores)
-        keys = keys[(keys >> bits >= wanted[0]) & (keys >> bits <= wanted[-1])]
+        keys = score_keys(scores[(scores >= least) & (scores <= most)])
         keys = keys[np.isin(keys >> bits, wanted)]
         return np.unique(keys, return_counts=True)
 

@@ -10,6 +10,9 @@ to a floor unnecessary: a lone 0 costs one page. `shift` is the smallest that ke
 `max_bins`; when pages are added and it must rise, neighbouring bins are added in pairs. Bins are
 aligned to absolute keys and the set of pages only depends on the scores, so the final histogram is
 the same for every order, batch size, partition and merge tree.
+
+Clipped maps put much of their area on exactly 0 or 1. Each is the first key of its page, and often
+the only one there; as long as it is, its bin is known to be a tie, however wide.
 """
 
 from dataclasses import dataclass
@@ -24,8 +27,9 @@ PAGE_BITS = 20
 NUM_PAGES = 1 << (32 - PAGE_BITS)
 KEY_END = 1 << 32
 """One above the largest key."""
-_KEY_OF_MINUS_INFINITY = np.uint32(0x007FFFFF)
+_KEY_OF_MINUS_INFINITY, _KEY_OF_INFINITY = np.uint32(0x007FFFFF), np.uint32(0xFF800000)
 _ABSENT = np.int64(-(1 << 62))
+_PAGES_OF_0_AND_1 = (0x800, 0xBF8)
 
 
 def score_keys(scores: NDArray[np.float32]) -> Keys:
@@ -40,8 +44,9 @@ def score_keys(scores: NDArray[np.float32]) -> Keys:
 
 
 def key_scores(keys: Keys) -> NDArray[np.float64]:
-    """The scores of keys; a bin's edge below minus infinity (a NaN's bits) is minus infinity."""
-    signed = (np.maximum(keys, _KEY_OF_MINUS_INFINITY) ^ np.uint32(1 << 31)).view(np.int32)
+    """The scores of keys; a bin's edge beyond an infinity (a NaN's bits) is that infinity."""
+    number = np.clip(keys, _KEY_OF_MINUS_INFINITY, _KEY_OF_INFINITY)
+    signed = (number ^ np.uint32(1 << 31)).view(np.int32)
     return (signed ^ ((signed >> 31) & 0x7FFFFFFF)).view(np.float32).astype(np.float64)
 
 
@@ -69,6 +74,8 @@ class PagedHistogram:
             raise ValueError(f"max_bins must be at least 1, got {max_bins}")
         self.max_bins = max_bins
         self.shift = 0
+        self.mixed: set[int] = set()
+        """Those of the pages of 0 and 1 in which another key occurred."""
         # page -> row of the arrays below, in order of arrival
         self._pages: dict[int, int] = {}
         # offset[page] + (key >> shift) is the key's slot
@@ -94,6 +101,7 @@ class PagedHistogram:
 
     def merge(self, other: "PagedHistogram") -> None:
         """Add another histogram of the same budget."""
+        self.mixed |= other.mixed
         self._reserve(list(other._pages))  # now our bins are at least as wide as the other's
         bins = other.bins()
         slots = self._slots(bins.key)
@@ -139,6 +147,13 @@ class PagedHistogram:
             room -= total
         return 0
 
+    def are_ties(self, bins: Keys) -> NDArray[np.bool_]:
+        """Which bins, given by their lowest keys, are known to hold one score only."""
+        if self.shift == 0:
+            return np.ones(len(bins), np.bool_)
+        pure = [page << PAGE_BITS for page in _PAGES_OF_0_AND_1 if page not in self.mixed]
+        return np.isin(bins, np.array(pure, np.uint32))
+
     def positive_bins_below(self, cut: int) -> tuple[Bins, Integers]:
         """Bins under the key `cut` that hold positives, descending.
 
@@ -168,6 +183,11 @@ class PagedHistogram:
         if not len(keys):
             return np.zeros(0, np.int64)
         lowest, highest = int(keys.min()) >> PAGE_BITS, int(keys.max()) >> PAGE_BITS
+        for page in _PAGES_OF_0_AND_1:
+            if lowest <= page <= highest and page not in self.mixed:
+                behind = keys - np.uint32((page << PAGE_BITS) + 1)  # wraps below it
+                if (behind < np.uint32((1 << PAGE_BITS) - 1)).any():
+                    self.mixed.add(page)
         offsets = self._offset[lowest : highest + 1]
         if offsets[0] != _ABSENT and (offsets == offsets[0]).all():
             # Neighbouring pages that lie side by side: most images, and no look-up per pixel.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Scores = NDArray[np.float32]
 
-_IN_MEMORY = 1 << 26
+_IN_MEMORY = 1 << 23
 """Bytes of a store before it moves to the disk."""
 
 

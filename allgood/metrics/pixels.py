@@ -65,7 +65,7 @@ class PixelState:
         exact: keep all pixels (8 bytes each) and no histogram; then every bound is 0.
         exact_pixels: how many of the highest scores are kept exactly otherwise (12 bytes each).
         max_bins: budget of the histogram (24 bytes each).
-        with_dsc: measure DSC too, which keeps every map: 4 bytes per pixel, beyond 64 MiB in a
+        with_dsc: measure DSC too, which keeps every map: 4 bytes per pixel, beyond 8 MiB in a
             temporary file.
     """
 
@@ -185,9 +185,7 @@ class PixelState:
         positives = np.concatenate([top.positives, low.positives])
         pixels_above = np.concatenate([top_above, low_between + len(self._top.entries)])
         positives_above = np.cumsum(positives) - positives
-        # A page's bins are single keys when nothing was shifted away.
-        tied = np.full(len(pixels), self._histogram.shift == 0)
-        tied[: len(top.key)] = True
+        tied = np.concatenate([np.ones(len(top.key), np.bool_), self._histogram.are_ties(low.key)])
         key = np.concatenate([top.key, low.key])
         groups = Groups(
             unit="pixels",
@@ -240,6 +238,7 @@ class PixelState:
             "with_dsc": self.with_dsc,
             "maps_lost": self._maps.lost,
             "shift": self._histogram.shift,
+            "mixed": sorted(self._histogram.mixed),
             "cut": self._top.cut,
             "image_ids": sorted(self._image_ids),
         }
@@ -282,6 +281,7 @@ class PixelState:
         state._top.keep(arrays["top"])
         bins = (arrays[f"bin_{name}"] for name in ("key", "pixels", "positives", "weight"))
         state._histogram.add_bins(Bins(*bins), settings["shift"])
+        state._histogram.mixed = set(settings["mixed"])
         return state
 
     def __eq__(self, other: object) -> bool:
