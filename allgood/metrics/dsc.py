@@ -9,6 +9,8 @@ from allgood.metrics.histogram import Integers, Keys, key_scores, score_keys
 from allgood.metrics.map_store import MapStore, Scores
 from allgood.metrics.ranking import Groups, Metric
 
+_FEW = 4096
+
 
 def dsc(groups: Groups, lowest: Keys, shift: int, maps: MapStore) -> dict[str, Metric]:
     """Dice, 2T / (T + F + P), at t*, the lowest score with the largest P + R, in three means.
@@ -62,17 +64,21 @@ def _inside(lowest: Keys, shift: int, maps: MapStore) -> list[tuple[Keys, Intege
         return []
     bits = np.uint32(shift)
     wanted = np.sort(lowest >> bits)
-
+    has_gaps = int(wanted[-1]) - int(wanted[0]) >= len(wanted)
     ends = np.array([int(wanted[0]) << shift, (int(wanted[-1]) + 1 << shift) - 1], np.uint32)
     least, most = key_scores(ends).astype(np.float32)
 
-    def counted(scores: Scores) -> tuple[Keys, Integers]:
+    def members(scores: Scores) -> tuple[Keys, Integers]:
         keys = score_keys(scores[(scores >= least) & (scores <= most)])
-        keys = keys[np.isin(keys >> bits, wanted)]
-        return np.unique(keys, return_counts=True)
+        if has_gaps:
+            keys = keys[np.isin(keys >> bits, wanted)]
+        if len(keys) > _FEW:  # a tie, maybe: its key once is enough
+            return np.unique(keys, return_counts=True)
+        return keys, np.ones(len(keys), np.int64)
 
-    key, pixels = _summed([counted(scores) for scores, _ in maps.images()])
-    positive_key, counts = _summed([counted(positives) for _, positives in maps.images()])
+    found = [(members(scores), members(positives)) for scores, positives in maps.images()]
+    key, pixels = _summed([of_all for of_all, _ in found])
+    positive_key, counts = _summed([of_positives for _, of_positives in found])
     positives = np.zeros(len(key), np.int64)
     positives[np.searchsorted(key, positive_key)] = counts
     parts = []

@@ -35,9 +35,10 @@ _PAGES_OF_0_AND_1 = (0x800, 0xBF8)
 def score_keys(scores: NDArray[np.float32]) -> Keys:
     """Order-preserving integers of scores of any shape; NaN is not allowed."""
     bits = (scores + np.float32(0)).view(np.int32)  # + 0 turns -0.0 into 0.0
-    flip = bits >> 31
-    flip &= 0x7FFFFFFF
-    bits ^= flip
+    if bits.size and bits.min() < 0:
+        flip = bits >> 31
+        flip &= 0x7FFFFFFF
+        bits ^= flip
     keys = bits.view(np.uint32)
     keys ^= np.uint32(1 << 31)
     return keys

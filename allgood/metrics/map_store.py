@@ -1,8 +1,8 @@
 """Whole maps of a test set, kept for a second look once a threshold is known.
 
-They lie in memory while they are few, then in a temporary file: 4 bytes per pixel, written once and
-read front to back. An image's scores are kept in the order of its pixels, and those of its
-positives once more behind them.
+They lie in a temporary file, 4 bytes per pixel, which the system keeps in memory while it has room
+to spare. An image's scores are kept in the order of its pixels, and those of its positives once
+more behind them.
 """
 
 import tempfile
@@ -14,27 +14,35 @@ from numpy.typing import NDArray
 
 Scores = NDArray[np.float32]
 
-_IN_MEMORY = 1 << 23
-"""Bytes of a store before it moves to the disk."""
-
 
 class _File:
     """Only ever appended to, so that several stores may read from it."""
 
     def __init__(self) -> None:
-        self.stream = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115, see __del__
+        # Unbuffered: images are written and read whole.
+        self.stream = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, see __del__
         self.end = 0
+        self._read = np.empty(0, np.float32)
 
     def __del__(self) -> None:
         self.stream.close()
 
     def append(self, scores: Scores) -> None:
+        rest = np.ascontiguousarray(scores).data.cast("B")
         self.stream.seek(self.end)
-        self.end += self.stream.write(np.ascontiguousarray(scores).data)
+        while rest:  # a disk may take a part
+            written = self.stream.write(rest)
+            self.end += written
+            rest = rest[written:]
 
     def read(self, start: int, count: int) -> Scores:
+        """Into memory that the next reading takes again."""
+        if len(self._read) < count:
+            self._read = np.empty(count, np.float32)
+        scores = self._read[:count]
         self.stream.seek(start)
-        return np.frombuffer(self.stream.read(4 * count), np.float32)
+        self.stream.readinto(scores.data)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -54,17 +62,18 @@ class MapStore:
 
     def __init__(self) -> None:
         self.lost = ""
-        self._file = _File()
+        self._file: _File | None = None
         self._places: list[_Place] = []
 
     def append(self, scores: Scores, positives: Scores) -> None:
         """Keep an image: all its pixels (N,), and its positives (P,) once more."""
         if self.lost:
             return
-        place = _Place(self._file, self._file.end, len(scores), len(positives))
         try:
-            self._file.append(scores)
-            self._file.append(positives)
+            file = self._file = self._file or _File()
+            place = _Place(file, file.end, len(scores), len(positives))
+            file.append(scores)
+            file.append(positives)
         except OSError as error:
             self._drop(f"no room for the maps in {tempfile.gettempdir()}: {error.strerror}")
         else:
@@ -78,7 +87,7 @@ class MapStore:
             self._places += other._places
 
     def image(self, index: int) -> tuple[Scores, Scores]:
-        """All pixels of an image, and its positives."""
+        """All pixels of an image, and its positives; only valid until another one is read."""
         place = self._places[index]
         both = place.file.read(place.start, place.pixels + place.positives)
         return both[: place.pixels], both[place.pixels :]
@@ -88,4 +97,4 @@ class MapStore:
 
     def _drop(self, reason: str) -> None:
         self.lost = reason
-        self._file, self._places = _File(), []
+        self._file, self._places = None, []

@@ -65,8 +65,7 @@ class PixelState:
         exact: keep all pixels (8 bytes each) and no histogram; then every bound is 0.
         exact_pixels: how many of the highest scores are kept exactly otherwise (12 bytes each).
         max_bins: budget of the histogram (24 bytes each).
-        with_dsc: measure DSC too, which keeps every map: 4 bytes per pixel, beyond 8 MiB in a
-            temporary file.
+        with_dsc: measure DSC too, which keeps every map in a temporary file, 4 bytes per pixel.
     """
 
     def __init__(
@@ -148,12 +147,14 @@ class PixelState:
     def merge(self, other: "PixelState") -> None:
         """Add all images of another state with the same settings, in place.
 
+        A state without DSC takes those of states with it too.
+
         Raises:
             InputError: settings differ, or an image is in both states.
         """
         for name in _SETTINGS:
             ours, theirs = getattr(self, name), getattr(other, name)
-            if ours != theirs:
+            if ours != theirs and not (name == "with_dsc" and theirs):
                 raise InputError(
                     f"states with {name}={ours} and {name}={theirs} cannot be merged: use one value"
                 )
@@ -162,7 +163,8 @@ class PixelState:
         first_image, first_owner = self.num_images, len(self._owner_image)
         self._check_regions(other.num_regions)
         self._histogram.merge(other._histogram)
-        self._maps.merge(other._maps)
+        if self.with_dsc:
+            self._maps.merge(other._maps)
         self._image_ids |= {name: i + first_image for name, i in other._image_ids.items()}
         self._image_pixels += other._image_pixels
         self._image_positives += other._image_positives
@@ -364,7 +366,7 @@ class PixelState:
         renamed[owners] = np.arange(len(owners))
         bins = self._histogram.bins()
         kept = order.tolist() if self.with_dsc and not self._maps.lost else []
-        maps = [scores for index in kept for scores in self._maps.image(index)]
+        maps = [scores.copy() for index in kept for scores in self._maps.image(index)]
         return {
             "maps": np.concatenate([np.zeros(0, np.float32), *maps]),
             "image_pixels": np.array(self._image_pixels, np.int64)[order],
