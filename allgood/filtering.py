@@ -70,7 +70,8 @@ def filter(
 
     The detector stays as it is. Its matches with synthetic anomalies, painted into the good
     pictures that it was fitted on, teach the filter what a real mismatch looks like. A picture is
-    never compared with its own patches in a memory bank.
+    never compared with its own patches in a memory bank. A killed training goes on where it was
+    when the same command is given again.
 
     Args:
         run: folder of a fitted run.
