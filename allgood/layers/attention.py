@@ -128,7 +128,7 @@ def softmax_attention(
 
     Returns:
         (B, H, N, D). Where torch's own kernel is slow, which is in training on a CPU with dropout
-        or below float32, the same is computed step by step: 1.4 to 2.3 times as fast
+        or below float32, the same is computed step by step: 1.4 to 2.5 times as fast
         (`benchmarks/bench_attention.py`); below float32 the scores too are rounded then.
     """
     slow = probability > 0 or query.dtype != torch.float32

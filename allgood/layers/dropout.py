@@ -8,7 +8,7 @@ _LEVELS = 2**16
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """As `torch.nn.functional.dropout`, on a CPU in 0.6 of the time.
+    """As `torch.nn.functional.dropout`, on a CPU in less than half the time.
 
     There a mask takes 16 random bits per element instead of a random float, four elements a draw,
     so the probability is rounded to 1/65536 (`benchmarks/bench_attention.py`).
