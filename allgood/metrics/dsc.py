@@ -10,6 +10,7 @@ from allgood.metrics.map_store import MapStore, Scores
 from allgood.metrics.ranking import Groups, Metric
 
 _FEW = 4096
+"""Keys of an image that are kept as they are; more may be many of the same."""
 
 
 def dsc(groups: Groups, lowest: Keys, shift: int, maps: MapStore) -> dict[str, Metric]:
@@ -31,8 +32,8 @@ def dsc(groups: Groups, lowest: Keys, shift: int, maps: MapStore) -> dict[str, M
     threshold = _best_threshold(groups, lowest, shift, maps)
     counts = np.array(
         [
-            (np.count_nonzero(s >= threshold), np.count_nonzero(of >= threshold), len(of))
-            for s, of in maps.images()
+            (np.count_nonzero(every >= threshold), np.count_nonzero(of >= threshold), len(of))
+            for every, of in maps.images()
         ]
     )
     predicted, t, positives = counts.T
@@ -40,7 +41,7 @@ def dsc(groups: Groups, lowest: Keys, shift: int, maps: MapStore) -> dict[str, M
 
 
 def _best_threshold(groups: Groups, lowest: Keys, shift: int, maps: MapStore) -> np.float32:
-    """t*."""
+    """t*: from the ranking where that is exact, else by what its bins hold."""
     t = groups.true_positives
     recall = t / groups.num_positives
     reached = t / (t + groups.false_positives) + recall
@@ -72,7 +73,7 @@ def _inside(lowest: Keys, shift: int, maps: MapStore) -> list[tuple[Keys, Intege
         keys = score_keys(scores[(scores >= least) & (scores <= most)])
         if has_gaps:
             keys = keys[np.isin(keys >> bits, wanted)]
-        if len(keys) > _FEW:  # a tie, maybe: its key once is enough
+        if len(keys) > _FEW:
             return np.unique(keys, return_counts=True)
         return keys, np.ones(len(keys), np.int64)
 
@@ -82,9 +83,11 @@ def _inside(lowest: Keys, shift: int, maps: MapStore) -> list[tuple[Keys, Intege
     positives = np.zeros(len(key), np.int64)
     positives[np.searchsorted(key, positive_key)] = counts
     parts = []
-    for bin_ in lowest >> bits:
-        inside = np.flatnonzero(key >> bits == bin_)[::-1]
-        parts.append((key[inside], np.cumsum(pixels[inside]), np.cumsum(positives[inside])))
+    bin_of_key, bins = key >> bits, lowest >> bits
+    starts, stops = np.searchsorted(bin_of_key, bins), np.searchsorted(bin_of_key, bins, "right")
+    for start, stop in zip(starts, stops, strict=True):
+        down = np.arange(start, stop)[::-1]
+        parts.append((key[down], np.cumsum(pixels[down]), np.cumsum(positives[down])))
     return parts
 
 

@@ -6,6 +6,7 @@ more behind them.
 """
 
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,12 +21,10 @@ class _File:
 
     def __init__(self) -> None:
         # Unbuffered: images are written and read whole.
-        self.stream = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, see __del__
+        self.stream = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self.stream.close)
         self.end = 0
-        self._read = np.empty(0, np.float32)
-
-    def __del__(self) -> None:
-        self.stream.close()
+        self._buffer = np.empty(0, np.float32)
 
     def append(self, scores: Scores) -> None:
         rest = np.ascontiguousarray(scores).data.cast("B")
@@ -37,9 +36,9 @@ class _File:
 
     def read(self, start: int, count: int) -> Scores:
         """Into memory that the next reading takes again."""
-        if len(self._read) < count:
-            self._read = np.empty(count, np.float32)
-        scores = self._read[:count]
+        if len(self._buffer) < count:
+            self._buffer = np.empty(count, np.float32)
+        scores = self._buffer[:count]
         self.stream.seek(start)
         self.stream.readinto(scores.data)
         return scores
