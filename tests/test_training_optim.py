@@ -179,6 +179,16 @@ def test_every_optimizer_descends(name: str) -> None:
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
 
 
+@pytest.mark.parametrize("name", ["stable_adamw", "adamw", "adam"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_gradients_are_clipped_beside_a_loss_scaler_but_on_a_cpu(name: str, device: str) -> None:
+    """Fabric refuses to clip for optimizers that unscale by themselves, as fused ones do."""
+    config = TrainConfig(optimizer=name)  # type: ignore[arg-type]
+    optimizer = make_optimizer([nn.Parameter(torch.ones(4, device=device))], config)
+    unscales = getattr(optimizer, "_step_supports_amp_scaling", False)
+    assert unscales == (device == "cpu" and name != "stable_adamw")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

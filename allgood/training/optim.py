@@ -86,8 +86,8 @@ class StableAdamW(Optimizer):
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
-    """The optimizer that the settings name."""
-    betas = (config.beta1, config.beta2)
+    """The optimizer that the settings name, for parameters that are on their device."""
+    parameters, betas = list(parameters), (config.beta1, config.beta2)
     if config.optimizer == "stable_adamw":
         return StableAdamW(
             parameters,
@@ -96,13 +96,17 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
             epsilon=config.epsilon,
             weight_decay=config.weight_decay,
         )
+    # Fused is one pass over memory, which a CPU waits for. On a GPU it would stand in the way of
+    # clipping what a loss scaler has scaled.
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
     return {"adamw": AdamW, "adam": Adam}[config.optimizer](
         parameters,
         lr=config.learning_rate,
         betas=betas,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        fused=True,
+        fused=on_cpu,
+        foreach=not on_cpu,
     )
 
 
