@@ -62,7 +62,7 @@ class _Positive(torch.autograd.Function):
 class _LinearAttention(torch.autograd.Function):
     """Attention and its gradient by hand: nothing is kept but the input, (3, B, H, N, D).
 
-    A CPU takes one image after another, whose steps stay in its cache: half the time.
+    A CPU takes one image after another, whose steps stay in its cache.
     """
 
     @staticmethod
