@@ -7,7 +7,8 @@ and weights.safetensors -> published as a run that every command takes
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from allgood.types import InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from allgood.data.transforms import Transform
     from allgood.encoders.frozen import EncoderConfig
     from allgood.official import Official
-    from allgood.types import Sample
+    from allgood.types import Sample, TrainingBatch
 
 
 def convert(
@@ -56,7 +59,8 @@ def convert(
         good: good pictures of the categories, best those that the checkpoint was trained on; of a
             costfilter for AnomalDF or GLAD those that it compares with.
         categories: their names, where no pictures are given; more than one must then be said at
-            every inspection.
+            every inspection. However they are given, their order is the alphabet's, which is the
+            authors'.
         layout: how the pictures lie on disk, where it is not recognised.
         weights: file with the encoder's published weights, for a checkpoint without them; left
             out: the hub's. The file must stay where it is.
@@ -71,7 +75,8 @@ def convert(
 
     Raises:
         InputError: a file that is not, to the last name and shape, what this method's authors
-            write.
+            write; a picture size that the detector does not take; a category none of whose good
+            pictures can be read.
     """
     arguments = dict(locals())
     started = time.monotonic()
@@ -104,8 +109,10 @@ def convert(
         return _convert_filter(path, host, preset, samples, out, command, device)
     if host is not None or preset is not None:
         raise InputError(f"{method} stands behind no other detector: leave out --host and --preset")
+    _refuse_repeated(categories or ())
     samples = _good_samples(good, layout, categories)
-    names = tuple(sorted({sample.category for sample in samples})) or categories
+    # HVQ-Trans has codebooks by category number, and its authors number alphabetically.
+    names = tuple(sorted({sample.category for sample in samples} or categories or ()))
     if not names:
         raise InputError("name what the checkpoint was trained on, with --categories or --good")
     where = choose_device(device)
@@ -130,8 +137,10 @@ def convert(
         )
         model = detector_classes(method)[1](parts.config, encoder, names).eval()
         _fill(model, parts.weights, path)
+        model.to(where)
+        _show_blank(model, transform, where)
         if samples:
-            _prepare(model.to(where), samples, transform, batch_size)
+            samples = _prepare(model, samples, transform, batch_size)
         settings = encoder_config.to_json() | {"levels": list(encoder.levels)}
         if parts.encoder_weights is not None:
             settings["weights"] = ENCODER
@@ -325,12 +334,36 @@ def _good_samples(
     return list(dataset.train)
 
 
-def _prepare(model: Any, samples: Sequence[Sample], transform: Any, batch_size: int) -> None:
-    """Show the pictures to the detector, which keeps a few of each category as references."""
+def _refuse_repeated(categories: Sequence[str]) -> None:
+    for name, count in Counter(categories).items():
+        if count > 1:
+            raise InputError(f"category '{name}' is named {count} times: name it once")
+
+
+def _show_blank(model: Any, transform: Transform, device: torch.device) -> None:
+    """Let one blank picture through: InputError where the detector does not take its size."""
+    import torch
+
+    image = torch.zeros(1, 3, *transform.input_size(1, 1), device=device)  # that of all pictures
+    with torch.no_grad():
+        model.predict(image, torch.zeros(1, dtype=torch.int64, device=device))
+
+
+def _prepare(
+    model: Any, samples: Sequence[Sample], transform: Transform, batch_size: int
+) -> list[Sample]:
+    """Show the pictures to the detector, which keeps a few of each category as references.
+
+    Returns:
+        those that could be read.
+
+    Raises:
+        InputError: no picture of a category could be read.
+    """
     import torch
 
     from allgood.learning import online_features
-    from allgood.pictures import Pictures
+    from allgood.pictures import Pictures, require_readable
     from allgood.progress import say
 
     source = online_features(
@@ -340,10 +373,16 @@ def _prepare(model: Any, samples: Sequence[Sample], transform: Any, batch_size: 
         range(begin, min(begin + batch_size, len(samples)))
         for begin in range(0, len(samples), batch_size)
     ]
+
+    def batches() -> Iterator[TrainingBatch]:
+        yield from (batch for batch in source.batches(order) if len(batch.index))
+        require_readable(samples, source.failures)  # before anything is kept
+
     with torch.no_grad():
-        model.prepare(batch for batch in source.batches(order) if len(batch.index))
+        model.prepare(batches())
     for failure in source.failures.values():
         say(f"left out: {failure.reason}")
+    return [sample for i, sample in enumerate(samples) if i not in source.failures]
 
 
 def _write_run(new: Path, model: Any, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 def gaussian_smooth(anomaly_map: Tensor, sigma: float, *, truncate: float = 4.0) -> Tensor:
-    """Gaussian blur as SciPy's `gaussian_filter` computes it: separable, mirrored at the border.
+    """Gaussian blur as SciPy's `gaussian_filter` computes it.
+
+    At the border the map is mirrored, its edge repeated: c b a | a b c.
 
     Args:
         anomaly_map: (B, 1, H, W).
@@ -39,6 +41,23 @@ def gaussian_kernel(sigma: float, radius: int) -> Tensor:
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     return kernel / kernel.sum()
+
+
+def gaussian_filter(x: Tensor, size: int, sigma: float) -> Tensor:
+    """A Gaussian of size x size on each channel of (B, C, H, W), as UniAS has it.
+
+    At the border the map is mirrored, its edge not repeated: c b | a b c.
+    """
+    radius = size // 2
+    kernel = gaussian_kernel(sigma, radius)[None, None]
+
+    def along(side: int) -> Tensor:
+        """(S, S): each row blurs one position. On a CPU two products beat two convolutions."""
+        points = F.pad(torch.eye(side, dtype=kernel.dtype)[:, None], (radius,) * 2, mode="reflect")
+        return F.conv1d(points, kernel)[:, 0].T.to(x)
+
+    with torch.autocast(x.device.type, enabled=False):  # products of distances stay float32
+        return along(x.shape[-2]) @ x @ along(x.shape[-1]).T
 
 
 def _reflected(index: Tensor, size: int) -> Tensor:
@@ -98,6 +117,17 @@ def hidden_pixels(anomaly_map: Tensor, ignore: Tensor | None) -> Tensor:
         return anomaly_map
     size = (anomaly_map.shape[-2], anomaly_map.shape[-1])
     return anomaly_map.masked_fill(F.interpolate(ignore.float(), size) > 0.5, 0)
+
+
+def visible_deviation(anomaly_map: Tensor, ignore: Tensor | None) -> Tensor:
+    """(B,): standard deviation of each map (B, 1, H, W) over what is not ignored; 0 without any."""
+    if ignore is None:
+        return anomaly_map.flatten(1).std(dim=1, correction=0)
+    weight = (~ignore).flatten(1).float()
+    weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
+    values = anomaly_map.flatten(1)
+    mean = (weight * values).sum(dim=1, keepdim=True)
+    return (weight * (values - mean).square()).sum(dim=1).sqrt()
 
 
 def visible_rows(rows: Tensor, ignored: Tensor | None) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """The door `convert`: an official checkpoint becomes a run that every other command takes."""
 
+import json
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -7,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_hvqtrans_golden as hvqtrans
+import test_unias_golden as unias
 import torch
+from b4 import b4_shapes
 from doors import Command, content, draw_tree
+from fill import fill_state
 from torch import Tensor
 
 import allgood as library
+from allgood.data.fingerprint import content_digest
 from allgood.detectors.dinomaly import Dinomaly, DinomalyConfig
 from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
 from allgood.official.dinomaly import from_official
@@ -144,6 +150,54 @@ def test_without_pictures_the_category_must_be_said(
     assert said == f"run '{run}' exists: name another folder with --out, or give --overwrite"
 
 
+def test_pictures_that_cannot_be_read_count_for_nothing(
+    allgood: Command, file: Path, tmp_path: Path
+) -> None:
+    data = draw_tree(tmp_path / "data", train=3, good=0, bad=0)
+    run = tmp_path / "run"
+    (data / "wood" / "train" / "good" / "001.png").write_bytes(b"torn")
+    words = ["convert", "dinomaly", file, "--out", run, "--good", data, *SIZE]
+    answer = allgood(*words, "--batch-size", "2")
+    assert answer.code == 0 and "left out: " in answer.err
+    assert json.loads((run / "config.json").read_text())["data"]["fitted_pictures"] == 5
+    facts = json.loads((run / "provenance.json").read_text())
+    assert len(facts["fitted_on"]) == 5
+    assert content_digest(data / "wood" / "train" / "good" / "001.png") not in facts["fitted_on"]
+
+    shutil.rmtree(run)
+    for category in ("wood", "cloth"):  # one category first, then every picture
+        for path in (data / category / "train" / "good").iterdir():
+            path.write_bytes(b"torn")
+        said = allgood.refused(*words)
+        assert said.startswith(f"none of the 3 good pictures of category '{category}'")
+        assert not run.exists()
+
+
+def test_categories_are_numbered_alphabetically_and_named_once(
+    allgood: Command, tmp_path: Path
+) -> None:
+    path, run = tmp_path / "hvq.pth", tmp_path / "run"
+    shapes = hvqtrans.official_shapes(width=16, size=12, categories=2)
+    torch.save(fill_state(shapes) | fill_state(b4_shapes("enc.")), path)
+    words = ["convert", "hvqtrans", path, "--out", run, "--categories"]
+    said = allgood.refused(*words, "wood", "cloth", "wood")
+    assert said == "category 'wood' is named 2 times: name it once"
+    assert allgood(*words, "wood", "cloth").code == 0
+    assert library.Inspector(run).categories == ("cloth", "wood")
+
+
+def test_a_size_that_the_detector_does_not_take_makes_no_run(
+    allgood: Command, tmp_path: Path
+) -> None:
+    path, run = tmp_path / "unias.pth", tmp_path / "run"
+    shapes = unias.official_shapes(width=32, grid=8, ffn=8)
+    torch.save(fill_state(shapes) | fill_state(b4_shapes("backbone.")), path)
+    words = ["convert", "unias", path, "--out", run, "--categories", "wood"]
+    said = allgood.refused(*words, "--image-size", "256")
+    assert said.startswith("unias with grid 8 takes pictures of 128 x 128, got 256 x 256")
+    assert not run.exists()
+
+
 def _renamed(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
     return {name.replace(old, new): tensor for name, tensor in state.items()}
 
@@ -170,9 +224,17 @@ def _renamed(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
             lambda s: {k: v for k, v in s.items() if k != "encoder.blocks.3.ls1.gamma"},
             "does not hold the weights of encoder 'vit_small_patch14_reg4_dinov2'",
         ),
+        (
+            lambda s: s | {"encoder.patch_embed.proj.weight": torch.zeros(384)},
+            "'encoder.patch_embed.proj.weight' is (384,) and should have 4 axes",
+        ),
+        (
+            lambda s: s | {"encoder.register_tokens": torch.zeros(4)},
+            "'encoder.register_tokens' is (4,) and should have 3 axes",
+        ),
         (lambda s: {"state_dict": s}, "holds more than named tensors"),
         (lambda s: {"a": torch.ones(1)}, "'a' is no part of"),
-        (lambda s: {}, "it lacks encoder.patch_embed.proj.weight"),
+        (lambda s: {}, "it lacks 'encoder.patch_embed.proj.weight'"),
     ],
 )
 def test_what_is_not_understood_is_refused(

@@ -136,9 +136,19 @@ def _without(state: dict[str, Tensor], *parts: str) -> dict[str, Tensor]:
             lambda c, s: s | {"module.reconstruction.input_proj.weight": torch.ones(256, 720)},
             "the file has 720 channels",
         ),
-        (lambda c, s: _without(s, "row_embed"), "it lacks reconstruction.pos_embed.row_embed"),
-        (lambda c, s: _without(s, "input_proj"), "it lacks reconstruction.input_proj.weight"),
-        (lambda c, s: {}, "it lacks reconstruction.pos_embed.row_embed.weight"),
+        (lambda c, s: _without(s, "row_embed"), "it lacks 'reconstruction.pos_embed.row_embed"),
+        (lambda c, s: _without(s, "input_proj"), "it lacks 'reconstruction.input_proj.weight'"),
+        (lambda c, s: {}, "it lacks 'reconstruction.pos_embed.row_embed.weight'"),
+        (
+            lambda c, s: (
+                s | {"module.reconstruction.pos_embed.row_embed.weight": torch.tensor(1.0)}
+            ),
+            "'reconstruction.pos_embed.row_embed.weight' is () and should have 2 axes",
+        ),
+        (
+            lambda c, s: s | {"module.reconstruction.input_proj.weight": torch.ones(5)},
+            "'reconstruction.input_proj.weight' is (5,) and should have 2 axes",
+        ),
         (lambda c, s: {"state_dict": 3}, "holds more than named tensors"),
     ],
 )

@@ -175,6 +175,7 @@ def test_a_file_of_the_port_itself(state: dict[str, Tensor], tmp_path: Path) -> 
     "name",
     [
         "_blocks.32._bn1.weight",
+        "_blocks.-1._bn1.weight",
         "_blocks.x._bn1.weight",
         "_blocks.1._bn0.weight",  # nothing to expand there
         "_blocks.3._swish.weight",

@@ -126,6 +126,47 @@ def test_only_norms_behind_plain_convolutions_are_folded() -> None:
     torch.testing.assert_close(model.forward_intermediates(image), expected)
 
 
+class ReadElsewhere(nn.Module):
+    """Norms that share a convolution's answer: with a shortcut, and with who reads the level."""
+
+    pretrained_cfg = {"input_size": (3, 8, 8)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward_intermediates(self, x: Tensor, **_: Any) -> list[Tensor]:
+        x = self.conv1(x)
+        x = self.conv2(x + self.norm1(x))
+        return [x, self.norm2(x)]
+
+
+@torch.no_grad()
+def test_a_norm_is_folded_only_where_nothing_else_reads_the_convolution() -> None:
+    torch.manual_seed(0)
+    model = ReadElsewhere()
+    for _ in range(3):  # the norms see data
+        model.forward_intermediates(torch.rand(4, 3, 8, 8) * 3 + 1)
+    image = image_of(8, 8)
+    expected = model.eval().forward_intermediates(image)
+    fold_batch_norms(model, (0, 1))
+    torch.testing.assert_close(model.forward_intermediates(image), expected)
+
+
+@torch.no_grad()
+def test_pre_norm_blocks_compute_the_same_when_folded() -> None:
+    model = drawn_model("coatnet_pico_rw_224")
+    image = image_of(224, 224)
+    expected = plain_levels(model, image)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    fold_batch_norms(model, range(5))
+    left = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert 0 < left < norms / 2  # each block's first one has a shortcut beside it
+    for level, wanted in zip(plain_levels(model, image), expected, strict=True):
+        torch.testing.assert_close(level, wanted, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_final_norm_of_a_vit() -> None:
     image = image_of(160, 160)

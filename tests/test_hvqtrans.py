@@ -626,10 +626,10 @@ def test_a_converted_run_keeps_the_authors_codes(allgood: Command, tmp_path: Pat
     "change, said",
     [
         (lambda s: s | {"prompt": torch.ones(1)}, "'prompt' is no part of an official HVQ-Trans"),
-        (lambda s: {}, "it has no 'input_projection.weight' of ours"),
+        (lambda s: {}, "it lacks 'quantize_conv_t.weight'"),
         (
             lambda s: {k: v for k, v in s.items() if not k.startswith("quantize_list_5")},
-            "it has no 'root.counts' of ours",
+            "it lacks 'quantize_list_5.0.cluster_size'",
         ),
         (
             lambda s: {k: v for k, v in s.items() if k != "quantize_list_2.1.embed"},
@@ -641,7 +641,7 @@ def test_a_converted_run_keeps_the_authors_codes(allgood: Command, tmp_path: Pat
         ),
         (
             lambda s: s | {"quantize_conv_t.weight": torch.ones(16)},
-            "it has no 'input_projection.weight' of ours",
+            r"'quantize_conv_t.weight' is \(16,\) and should have 4 axes",
         ),
     ],
 )

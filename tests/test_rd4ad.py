@@ -418,11 +418,12 @@ def broken(part: str, name: str) -> dict[str, Any]:
     "content, message",
     [
         (broken("bn", "conv5.weight"), "'conv5.weight' is no part of RD4AD's one-class embedding"),
+        (broken("bn", "bn_layer.0.conv3.weight"), r"is \(1,\) and should have 4 axes"),
         (broken("bn", "bn_layer.0.conv4.weight"), "'conv4.weight' is no part of a block"),
         (broken("decoder", "layer4.0.conv1.weight"), "is no part of RD4AD's decoder"),
         (broken("decoder", "layer1.0.downsample.0.weight"), "is no part of a block"),
         ({**official_file(), "encoder": {}}, "'encoder' is no part of an official RD4AD"),
-        ({"bn": {}, "decoder": {}}, "it lacks the one-class embedding"),
+        ({"bn": {}, "decoder": {}}, "it lacks 'bn_layer.0.conv1.weight'"),
         ({"net": {"net_x.conv1.weight": torch.zeros(1)}}, "'net_x.conv1.weight' is no part"),
         ({"bn": {"conv1.weight": 3}, "decoder": {}}, "more than named tensors"),
         ({"net_t.conv1.weight": torch.zeros(1)}, "no wide_resnet50_2 of timm: it lacks"),

@@ -1,15 +1,20 @@
 """Scores and maps against SciPy and against the words of the papers."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 
 from allgood.scoring import (
+    gaussian_filter,
     gaussian_smooth,
     ignored_patches,
     resize_map,
     top_fraction_mean,
+    visible_deviation,
     visible_rows,
 )
 
@@ -27,6 +32,15 @@ def test_gaussian_is_scipys(size: tuple[int, int], sigma: float) -> None:
     for one, expected in zip(smooth[:, 0].numpy(), raw[:, 0].double().numpy(), strict=True):
         expected = ndimage.gaussian_filter(expected, sigma, mode="reflect", truncate=4.0)
         np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gaussian_filter_mirrors_without_the_edge() -> None:
+    x = maps(2, 3, 6, 7)
+    w = math.exp(-0.5)
+    kernel = torch.outer(torch.tensor([w, 1, w]), torch.tensor([w, 1, w]))
+    kernel = (kernel / kernel.sum()).expand(3, 1, 3, 3)
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    torch.testing.assert_close(gaussian_filter(x, 3, 1.0), F.conv2d(padded, kernel, groups=3))
 
 
 def test_sigma_zero_changes_nothing() -> None:
@@ -76,3 +90,11 @@ def test_visible_rows() -> None:
     first, second = visible_rows(rows, ignored)
     assert first.tolist() == [[2, 3], [4, 5]] and second.shape == (0, 2)
     assert [r.tolist() for r in visible_rows(rows, None)] == rows.tolist()
+
+
+def test_standard_deviation_of_what_is_visible() -> None:
+    anomaly_map = torch.tensor([[1.0, 3.0, 0.0, 0.0]]).view(1, 1, 2, 2)
+    ignore = torch.tensor([[False, False, True, True]]).view(1, 1, 2, 2)
+    assert visible_deviation(anomaly_map, None).item() == pytest.approx(math.sqrt(1.5))
+    assert visible_deviation(anomaly_map, ignore).item() == pytest.approx(1.0)
+    assert visible_deviation(anomaly_map, torch.ones_like(ignore)).item() == 0

@@ -19,10 +19,8 @@ from allgood.detectors.unias import (
     SampleQuery,
     UniAS,
     UniASConfig,
-    gaussian_filter,
     level_maps,
     sine_position,
-    visible_deviation,
 )
 from allgood.encoders.frozen import FrozenEncoder
 from allgood.encoders.tiled import TiledEncoder
@@ -177,15 +175,6 @@ def test_what_is_derived_from_weights_follows_them(change: str, encoder: FrozenE
 # Equations
 
 
-def test_gaussian_filter() -> None:
-    x = torch.randn(2, 3, 6, 7)
-    w = math.exp(-0.5)
-    kernel = torch.outer(torch.tensor([w, 1, w]), torch.tensor([w, 1, w]))
-    kernel = (kernel / kernel.sum()).expand(3, 1, 3, 3)
-    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-    torch.testing.assert_close(gaussian_filter(x, 3, 1.0), F.conv2d(padded, kernel, groups=3))
-
-
 def test_sine_position() -> None:
     grid, width = 6, 32
     table = sine_position(grid, width).unflatten(0, (grid, grid))
@@ -237,14 +226,6 @@ def test_level_maps_of_equal_and_opposite_features() -> None:
     assert (same >= 0).all()
     torch.testing.assert_close(opposite, torch.full_like(opposite, 2))
     torch.testing.assert_close(nothing, torch.ones_like(nothing))
-
-
-def test_standard_deviation_of_what_is_visible() -> None:
-    anomaly_map = torch.tensor([[1.0, 3.0, 0.0, 0.0]]).view(1, 1, 2, 2)
-    ignore = torch.tensor([[False, False, True, True]]).view(1, 1, 2, 2)
-    assert visible_deviation(anomaly_map, None).item() == pytest.approx(math.sqrt(1.5))
-    assert visible_deviation(anomaly_map, ignore).item() == pytest.approx(1.0)
-    assert visible_deviation(anomaly_map, torch.ones_like(ignore)).item() == 0
 
 
 @torch.inference_mode()

@@ -20,17 +20,12 @@ from fill import fill_state, uniform
 from torch import Tensor, nn
 
 import allgood
-from allgood.detectors.unias import (
-    UniAS,
-    UniASConfig,
-    gaussian_filter,
-    level_maps,
-    visible_deviation,
-)
+from allgood.detectors.unias import UniAS, UniASConfig, level_maps
 from allgood.encoders.frozen import FrozenEncoder
 from allgood.layers.tokens import to_map
 from allgood.official.unias import from_official
 from allgood.own_state import own_state
+from allgood.scoring import gaussian_filter, visible_deviation
 from allgood.types import InputError, TrainingBatch
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -320,8 +315,11 @@ def test_unias_golden_checkpoints_that_are_something_else() -> None:
     with pytest.raises(InputError, match=r"'decoder_norm.weight' is no part of an official UniAS"):
         from_official({"decoder_norm.weight": torch.zeros(1)})
     bank = "sem_seg_head.predictor.spatial_query_feat.weight"
-    with pytest.raises(InputError, match="lacks the bank of queries"):
+    with pytest.raises(InputError, match=f"it lacks '{bank}'"):
         from_official({name: tensor for name, tensor in state.items() if name != bank})
+    for wrong in (torch.zeros(32), torch.zeros(32, 32, 2), torch.zeros(0, 32)):
+        with pytest.raises(InputError, match=f"its '{bank}' is .* and should have 2 axes"):
+            from_official(state | {bank: wrong})
     with pytest.raises(InputError, match="30 queries is not two of a square grid"):
         from_official(state | {bank: torch.zeros(30, 32)})
 

@@ -50,9 +50,11 @@ class DinomalyConfig:
     constraint: Literal["two_groups", "one_group", "dense"] = "two_groups"
     """Which sums of layers the decoder rebuilds (Table A6); dense is layer by layer."""
     loss: Literal["loose", "point"] = "loose"
-    """`loose`: global cosine with shrunk easy points; `point`: mean distance of the patches."""
+    """`loose`: global cosine with shrunk easy points; `point`: mean distance of the patches, which
+    is in no table of the paper."""
     discard_rate: float = 0.9
-    """Share of the easiest patches whose gradient is shrunk, at the end of its ramp."""
+    """Share of the easiest patches whose gradient is shrunk, at the end of its ramp; 0 leaves the
+    plain global cosine (Table 3, without loose loss)."""
     discard_steps: int = 1000
     """Length of the ramp from 0 to `discard_rate`."""
     shrink: float = 0.1
@@ -124,10 +126,18 @@ class Dinomaly(nn.Module):
         """The means of each group of encoder layers, shallow first: G x (B, N, C).
 
         All that training needs: the bottleneck reads their mean, the decoder rebuilds them.
+
+        Raises:
+            InputError: the image is not square, but training will have to know its grid.
         """
-        return tuple(
-            _mean(layers) for layers in _chunks(self.encoder.tokens(image), self.num_groups)
-        )
+        height, width = image.shape[-2:]
+        if height != width and (self.config.mixer == "conv" or self.config.neighbour_mask):
+            raise InputError(
+                "the conv mixer and the neighbour mask train on square images only, got "
+                f"{height} x {width}: make them square, or train with mixer linear or softmax and "
+                "neighbour_mask 0"
+            )
+        return self._groups(image)
 
     def decode(self, groups: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:
         """The rebuilt groups, paired with `groups`: G x (B, N, C).
@@ -155,7 +165,9 @@ class Dinomaly(nn.Module):
 
     def training_loss(self, batch: TrainingBatch, step: int) -> Tensor:
         prefix = self.encoder.num_prefix
-        rebuilt = self.decode(batch.features, self._square_grid(batch.features[0]))
+        # The grid matters only where `encode` has made sure that it is square.
+        side = math.isqrt(batch.features[0].shape[1] - prefix)
+        rebuilt = self.decode(batch.features, (side, side))
         targets = [group[:, prefix:] for group in batch.features]
         rebuilt = [group[:, prefix:] for group in rebuilt]
         if self.config.loss == "point":
@@ -174,7 +186,7 @@ class Dinomaly(nn.Module):
         *,
         image_number: Tensor | None = None,
     ) -> Match:
-        groups = self.encode(image)
+        groups = self._groups(image)
         rebuilt = self.decode(groups, self._grid(image))
         query = [self._patches(group, self._grid(image)) for group in groups]
         template = [self._patches(group, self._grid(image)) for group in rebuilt]
@@ -220,18 +232,13 @@ class Dinomaly(nn.Module):
             smoothed = rows @ hidden_patches(host_map.float(), ignore) @ columns.T
         return hidden_pixels(smoothed, ignore)
 
+    def _groups(self, image: Tensor) -> tuple[Tensor, ...]:
+        layers = self.encoder.tokens(image)
+        return tuple(_mean(group) for group in _chunks(layers, self.num_groups))
+
     def _grid(self, image: Tensor) -> tuple[int, int]:
         patch = self.encoder.strides[0]
         return image.shape[-2] // patch, image.shape[-1] // patch
-
-    def _square_grid(self, tokens: Tensor) -> tuple[int, int]:
-        """Of the training pictures; only the conv mixer and the neighbour mask read it."""
-        patches = tokens.shape[1] - self.encoder.num_prefix
-        side = math.isqrt(patches)
-        needed = self.config.mixer == "conv" or self.config.neighbour_mask
-        if needed and side * side != patches:
-            raise InputError("the conv mixer and the neighbour mask train on square images only")
-        return side, patches // side
 
     def _patches(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """(B, N, C) -> (B, C, h, w), or (B, C, P, 1) where the grid does not matter."""

@@ -36,7 +36,13 @@ from allgood.layers.tokens import (
     to_map,
     to_tokens,
 )
-from allgood.scoring import gaussian_kernel, hidden_patches, hidden_pixels, resize_map
+from allgood.scoring import (
+    gaussian_filter,
+    hidden_patches,
+    hidden_pixels,
+    resize_map,
+    visible_deviation,
+)
 from allgood.types import InputError, Match, Prediction, TrainingBatch
 
 HEADS = 4
@@ -224,12 +230,15 @@ class UniAS(nn.Module):
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
         match = self.match(image, category)
-        whole = self.anomaly_map(match.host_map, (self.side, self.side), ignore=ignore)
+        sides = (self.side, self.side)
+        whole = self.anomaly_map(match.host_map, sides, ignore=ignore)
         score = whole.amax(dim=(1, 2, 3))
         if self.config.score == "std":
             score = visible_deviation(whole, ignore)
-        anomaly_map = whole if map_size is None else resize_map(whole, map_size)
-        return Prediction(hidden_pixels(anomaly_map, ignore), score, match.category)
+        if map_size is None:
+            return Prediction(whole, score, match.category)
+        anomaly_map = self.anomaly_map(match.host_map, sides, ignore=ignore, map_size=map_size)
+        return Prediction(anomaly_map, score, match.category)
 
     def anomaly_map(
         self,
@@ -328,15 +337,17 @@ class Decoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], position: Tensor) -> list[Tensor]:
         """L x (B, D, h, w) and (N, D) -> L x (B, C, h, w), fine to coarse."""
-        rebuilt: list[Tensor] = []
+        rebuilt: list[Tensor] = []  # coarse to fine, as the stages
         query: Tensor | None = None if self.query is None else self.query(maps[-1])
-        last = len(maps) - 1
-        for k, stage in enumerate(self.stages):
-            tokens = to_tokens(self.patches[last - k](maps[last - k])) + self.level[k]
+        patches, heads = reversed(self.patches), reversed(self.heads)
+        for stage, level, embed, head, features in zip(
+            self.stages, self.level, patches, heads, reversed(maps), strict=True
+        ):
+            tokens = to_tokens(embed(features)) + level
             query = tokens if query is None else query
             query = stage(query, tokens, position, self.query_position, self.mask)
-            rebuilt.insert(0, self.heads[last - k](to_map(self.norm(query), self.grid)))
-        return rebuilt
+            rebuilt.append(head(to_map(self.norm(query), self.grid)))
+        return rebuilt[::-1]
 
 
 class PatchEmbedding(nn.Module):
@@ -425,8 +436,8 @@ class Stage(nn.Module):
     def __init__(self, config: UniASConfig) -> None:
         super().__init__()
         self.grid = (config.grid, config.grid)
-        self.spatial = Attention(config.width, config)
-        self.channel = Attention(config.grid**2, config) if config.channel_attention else None
+        self.spatial = QueryAttention(config.width, config)
+        self.channel = QueryAttention(config.grid**2, config) if config.channel_attention else None
         self.local = local_block(config.local, config.width, config.width)
         for module in (self.spatial, self.channel, self.local):
             if module is not None:
@@ -453,11 +464,11 @@ class Stage(nn.Module):
         out = self.spatial(query, tokens, position, query_position, mask)
         if self.channel is not None:  # channels are the tokens, and have no position of their own
             swapped = (query.transpose(1, 2), tokens.transpose(1, 2), position.T)
-            out = out + self.channel(*swapped, position.new_zeros(())).transpose(1, 2)
+            out = out + self.channel(*swapped, query_position=None).transpose(1, 2)
         return to_tokens(self.local(to_map(out, self.grid)))
 
 
-class Attention(nn.Module):
+class QueryAttention(nn.Module):
     """Cross-attention, self-attention and feed-forward, all post-norm."""
 
     def __init__(self, width: int, config: UniASConfig) -> None:
@@ -472,9 +483,11 @@ class Attention(nn.Module):
         query: Tensor,
         tokens: Tensor,
         position: Tensor,
-        query_position: Tensor,
+        query_position: Tensor | None,
         mask: Tensor | None = None,
     ) -> Tensor:
+        if query_position is None:
+            query_position = query.new_zeros(())
         attended = attend(self.cross, query + query_position, tokens + position, tokens, mask)
         x = self.norm(query + self.dropout(attended))
         out: Tensor = self.layer(x, query_position, mask)
@@ -487,13 +500,15 @@ class MultiGranularity(nn.Module):
     def __init__(self, inputs: int, width: int, *, gated: bool) -> None:
         super().__init__()
         self.gate: nn.Module = nn.GELU() if gated else nn.Identity()
-        self.branches = nn.ModuleList(
+        point = nn.Sequential(nn.Conv2d(inputs, width, 1))
+        stacks = [
             nn.Sequential(
-                nn.Conv2d(inputs, width, min(depth, 1) * 2 + 1, padding=min(depth, 1)),
+                nn.Conv2d(inputs, width, 3, padding=1),
                 *(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth - 1)),
             )
-            for depth in range(4)
-        )
+            for depth in (1, 2, 3)
+        ]
+        self.branches = nn.ModuleList([point, *stacks])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, g, g) -> (B, D, g, g)."""
@@ -521,20 +536,6 @@ def level_maps(query: Sequence[Tensor], template: Sequence[Tensor]) -> list[Tens
     ]
 
 
-def gaussian_filter(x: Tensor, size: int, sigma: float) -> Tensor:
-    """A Gaussian of size x size on each channel of (B, C, H, W), mirrored without the edge."""
-    radius = size // 2
-    kernel = gaussian_kernel(sigma, radius)[None, None]
-
-    def along(side: int) -> Tensor:
-        """(S, S): each row blurs one position. On a CPU two products beat two convolutions."""
-        points = F.pad(torch.eye(side, dtype=kernel.dtype)[:, None], (radius,) * 2, mode="reflect")
-        return F.conv1d(points, kernel)[:, 0].T.to(x)
-
-    with torch.autocast(x.device.type, enabled=False):  # products of distances stay float32
-        return along(x.shape[-2]) @ x @ along(x.shape[-1]).T
-
-
 def sine_position(grid: int, width: int) -> Tensor:
     """(N, D): sines and cosines of the row in the first half of the channels, then of the column.
 
@@ -547,17 +548,6 @@ def sine_position(grid: int, width: int) -> Tensor:
     angle = place[:, None] / 10000 ** (2 * (channel // 2) / half)
     wave = torch.where(channel % 2 == 0, angle.sin(), angle.cos())  # (g, D / 2)
     return torch.cat([wave.repeat_interleave(grid, dim=0), wave.repeat(grid, 1)], dim=1)
-
-
-def visible_deviation(anomaly_map: Tensor, ignore: Tensor | None) -> Tensor:
-    """(B,): standard deviation of each map (B, 1, H, W) over what is not ignored; 0 without any."""
-    if ignore is None:
-        return anomaly_map.flatten(1).std(dim=1, correction=0)
-    weight = (~ignore).flatten(1).float()
-    weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
-    values = anomaly_map.flatten(1)
-    mean = (weight * values).sum(dim=1, keepdim=True)
-    return (weight * (values - mean).square()).sum(dim=1).sqrt()
 
 
 def _xavier(module: nn.Module) -> None:

@@ -56,6 +56,7 @@ def timm_state(state: Mapping[str, Tensor], repeats: Sequence[int]) -> dict[str,
         InputError: a name that is not the port's.
     """
     places = [f"blocks.{stage}.{i}" for stage, count in enumerate(repeats) for i in range(count)]
+    place_of = {str(number): place for number, place in enumerate(places)}
     renamed = {}
     for name, tensor in state.items():
         try:
@@ -64,12 +65,12 @@ def timm_state(state: Mapping[str, Tensor], repeats: Sequence[int]) -> dict[str,
                     # A block that does not expand lacks the first of three convolutions.
                     expands = f"_blocks.{number}._expand_conv.weight" in state
                     names = _EXPANDED if expands else _PLAIN
-                    renamed[f"{places[int(number)]}.{names[module]}.{suffix}"] = tensor
+                    renamed[f"{place_of[number]}.{names[module]}.{suffix}"] = tensor
                 case [module, suffix]:
                     renamed[f"{_TOP[module]}.{suffix}"] = tensor
                 case _:
                     raise KeyError(name)
-        except (KeyError, IndexError, ValueError):
+        except KeyError:
             raise InputError(f"'{name}' is no part of such an EfficientNet") from None
     return renamed
 

@@ -1,11 +1,14 @@
 """What a frozen backbone computes, in fewer passes: norms and scales multiplied into weights."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.layers import Conv2dSame, LayerScale
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _PLAIN = (nn.Conv2d, Conv2dSame)
 """Convolutions that use their weights as they are; others may standardise them first."""
@@ -16,20 +19,22 @@ def fold_batch_norms(backbone: Any, levels: Sequence[int]) -> None:
     """Multiply, in place, each batch norm into the convolution before it; its activation stays.
 
     Which convolution that is shows in a run up to the last of `levels`, over one image of the
-    backbone's own size: the norm is given the very tensor that the convolution answered. Other
-    norms stay as they are. Equal up to rounding, as the statistics are fixed.
+    backbone's own size: the norm is given the very tensor that the convolution answered, and
+    nothing else reads that. Other norms stay as they are. Equal up to rounding, as the statistics
+    are fixed.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
         return
     answered: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # holds the tensors, so that ids stay unique
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    norm_of: dict[int, nn.BatchNorm2d] = {}
+    readers = _Readers(answered)
 
     def after_convolution(conv: Any, _: Any, out: Tensor) -> None:
         answered[id(out)] = (conv, out)
 
     def before_norm(norm: Any, inputs: tuple[Tensor, ...]) -> None:
         if id(inputs[0]) in answered:
-            pairs.append((answered[id(inputs[0])][0], norm))
+            norm_of[id(inputs[0])] = norm
 
     hooks = []
     for module in backbone.modules():
@@ -37,19 +42,40 @@ def fold_batch_norms(backbone: Any, levels: Sequence[int]) -> None:
             hooks.append(module.register_forward_hook(after_convolution))
         elif isinstance(module, nn.BatchNorm2d):
             hooks.append(module.register_forward_pre_hook(before_norm))
-    backbone.eval().forward_intermediates(
-        torch.zeros(1, *backbone.pretrained_cfg["input_size"]),
-        indices=list(levels),
-        stop_early=True,
-        intermediates_only=True,
-    )
+    with readers:
+        answer = backbone.eval().forward_intermediates(
+            torch.zeros(1, *backbone.pretrained_cfg["input_size"]),
+            indices=list(levels),
+            stop_early=True,
+            intermediates_only=True,
+        )
+    readers.add(answer)  # a level is read by whoever asked for it
     for hook in hooks:
         hook.remove()
     name_of = {module: name for name, module in backbone.named_modules()}
-    for conv, norm in pairs:
+    for key, (conv, _) in answered.items():
+        norm = norm_of.get(key)
+        if norm is None or readers.count[key] > 1:
+            continue
         _fold(conv, norm)
         owner, _, last = name_of[norm].rpartition(".")
         setattr(backbone.get_submodule(owner), last, getattr(norm, "act", nn.Identity()))
+
+
+class _Readers(TorchDispatchMode):
+    """Counts the operations that read each tensor of `answered`, by its id."""
+
+    def __init__(self, answered: Mapping[int, Any]) -> None:
+        super().__init__()
+        self.answered = answered
+        self.count: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.add((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def add(self, read: Any) -> None:
+        self.count.update(id(leaf) for leaf in tree_leaves(read) if id(leaf) in self.answered)
 
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:

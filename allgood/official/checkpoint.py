@@ -119,6 +119,27 @@ def require_tensors(content: Any) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in content.items()}
 
 
+def shape_of(state: Mapping[str, Tensor], name: str, num_axes: int, *, kind: str) -> torch.Size:
+    """Shape of a tensor that says how the network is built, before anybody counts on it.
+
+    Args:
+        num_axes: how many the tensor has in every such checkpoint.
+        kind: what the checkpoint should be, as 'UniAS checkpoint'.
+
+    Raises:
+        InputError: it is missing, empty, or has another number of axes.
+    """
+    if name not in state:
+        raise InputError(f"no official {kind}: it lacks '{name}'")
+    shape = state[name].shape
+    if len(shape) != num_axes or 0 in shape:
+        raise InputError(
+            f"no official {kind}: its '{name}' is {tuple(shape)} and should have {num_axes} axes, "
+            "none of them empty"
+        )
+    return shape
+
+
 def _tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """All tensors of nested mappings and sequences, and where they are."""
     if isinstance(content, Tensor):

@@ -7,7 +7,7 @@ from typing import Any
 
 from allgood.detectors.dinomaly import DinomalyConfig
 from allgood.encoders.frozen import EncoderConfig
-from allgood.official.checkpoint import Official, require_tensors
+from allgood.official.checkpoint import Official, require_tensors, shape_of
 from allgood.types import InputError
 
 _WIDTHS = {384: "small", 768: "base", 1024: "large"}
@@ -36,23 +36,20 @@ def from_official(content: Any) -> Official:
     ]
     if strange:
         raise InputError(f"'{strange[0]}' is no part of an official Dinomaly checkpoint")
-    patch = encoder.get("patch_embed.proj.weight")
-    if patch is None or not detector:
-        missing = "encoder.patch_embed.proj.weight" if patch is None else "bottleneck and decoder"
-        raise InputError(f"no official Dinomaly checkpoint: it lacks {missing}")
-    width, _, *patch_size = patch.shape
+    kind = "Dinomaly checkpoint"
+    width, _, *patch_size = shape_of(state, "encoder.patch_embed.proj.weight", 4, kind=kind)
+    if not detector:
+        raise InputError(f"no official {kind}: it lacks bottleneck and decoder")
     depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
-    registers = encoder.get("register_tokens")
-    if (
-        _DEPTHS.get(width) != depth
-        or patch_size != [14, 14]
-        or (registers is not None and registers.shape[1] != 4)
-    ):
+    registers = 0
+    if "register_tokens" in encoder:
+        _, registers, _ = shape_of(state, "encoder.register_tokens", 3, kind=kind)
+    if _DEPTHS.get(width) != depth or patch_size != [14, 14] or registers not in (0, 4):
         raise InputError(
             f"an encoder of width {width}, {depth} blocks and patches of {patch_size} is none of "
             "the DINOv2 ViT-S/B/L 14 that this reads: fit it again with --detector dinomaly"
         )
-    register_name = "" if registers is None else "reg4_"
+    register_name = "reg4_" if registers else ""
     return Official(
         DinomalyConfig(),
         detector,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from allgood.detectors.hvqtrans import HVQTransConfig
-from allgood.official.checkpoint import Official, unwrap
+from allgood.official.checkpoint import Official, shape_of, unwrap
 from allgood.official.efficientnet import ENCODER, from_lukemelas
 from allgood.types import InputError
 
@@ -46,6 +46,10 @@ def from_official(content: Any) -> Official:
         InputError: a name that is not of this model, or one that is missing.
     """
     encoder, state = unwrap(content, "enc.")
+    kind = "HVQ-Trans checkpoint"
+    width, *_ = shape_of(state, "quantize_conv_t.weight", 4, kind=kind)
+    grid, _ = shape_of(state, "pos_embed.row_embed.weight", 2, kind=kind)
+    (codebook_size,) = shape_of(state, "quantize_list_5.0.cluster_size", 1, kind=kind)
     weights: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}  # ours -> category -> the part of it
     for name, tensor in state.items():
@@ -61,16 +65,13 @@ def from_official(content: Any) -> Official:
     categories = max((max(part) for part in parts.values()), default=-1) + 1
     for ours, part in parts.items():
         weights[ours] = _stacked(ours, part, categories)
-    for name, ndim in (("input_projection.weight", 4), ("position.row", 2), ("root.counts", 2)):
-        if name not in weights or weights[name].ndim != ndim:
-            raise InputError(f"no official HVQ-Trans checkpoint: it has no '{name}' of ours")
-    projection = weights["input_projection.weight"]
-    weights["input_projection.weight"] = projection.flatten(1)  # a 1 x 1 convolution there
+    # A 1 x 1 convolution there.
+    weights["input_projection.weight"] = weights["input_projection.weight"].flatten(1)
     config = HVQTransConfig(
-        grid=len(weights["position.row"]),
-        width=len(projection),
+        grid=grid,
+        width=width,
         layers=len({name.split(".")[1] for name in weights if name.startswith("encoder_layers.")}),
-        codebook_size=weights["root.counts"].shape[1],
+        codebook_size=codebook_size,
         codebook_start="reference",  # the codes are there: pictures must not replace them
         optimal_transport=True,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from allgood.detectors.rd4ad import RD4ADConfig
 from allgood.encoders.frozen import EncoderConfig
-from allgood.official.checkpoint import Official, require_tensors
+from allgood.official.checkpoint import Official, require_tensors, shape_of
 from allgood.types import InputError
 
 _ENCODER = "wide_resnet50_2"
@@ -38,8 +38,7 @@ def from_official(content: Any) -> Official:
             for name, tensor in require_tensors(content["bn"]).items()
             if not _UNUSED.match(name)
         }
-        weights = _weights(embedding, require_tensors(content["decoder"]))
-        return _official(weights, "tv_in1k", None)
+        return _official(embedding, require_tensors(content["decoder"]), "tv_in1k", None)
     if isinstance(content, Mapping) and isinstance(content.get("net"), Mapping):
         content = content["net"]  # beside the state of ADer's optimiser
     parts: dict[str, dict[str, Tensor]] = {"mff_oce": {}, "net_s": {}, "net_t": {}}
@@ -48,20 +47,21 @@ def from_official(content: Any) -> Official:
         if part not in parts:
             raise InputError(f"'{name}' is no part of an official RD4AD checkpoint")
         parts[part][rest] = tensor
-    weights = _weights(parts["mff_oce"], parts["net_s"])
-    return _official(weights, "racm_in1k", _whole_encoder(parts["net_t"]))
+    teacher = _whole_encoder(parts["net_t"])
+    return _official(parts["mff_oce"], parts["net_s"], "racm_in1k", teacher)
 
 
 def _official(
-    weights: dict[str, Tensor], tag: str, encoder_weights: dict[str, Tensor] | None
+    embedding: Mapping[str, Tensor],
+    decoder: Mapping[str, Tensor],
+    tag: str,
+    encoder_weights: dict[str, Tensor] | None,
 ) -> Official:
-    block = "bottleneck.blocks.0"
-    inner = weights.get(f"{block}.conv1.conv.weight")
-    out = weights.get(f"{block}.conv3.conv.weight")
-    if inner is None or out is None:
-        raise InputError("no official RD4AD checkpoint: it lacks the one-class embedding")
+    weights = _weights(embedding, decoder)
+    inner, *_ = shape_of(embedding, "bn_layer.0.conv1.weight", 4, kind="RD4AD checkpoint")
+    out, *_ = shape_of(embedding, "bn_layer.0.conv3.weight", 4, kind="RD4AD checkpoint")
     return Official(
-        RD4ADConfig(bottleneck_width=len(inner) / len(out)),
+        RD4ADConfig(bottleneck_width=inner / out),
         weights,
         EncoderConfig(f"{_ENCODER}.{tag}", _LEVELS),
         encoder_weights,

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from allgood.detectors.uniad import UniADConfig
-from allgood.official.checkpoint import Official, unwrap
+from allgood.official.checkpoint import Official, shape_of, unwrap
 from allgood.official.efficientnet import ENCODER, from_lukemelas
 from allgood.types import InputError
 
@@ -49,19 +49,14 @@ def from_official(content: Any) -> Official:
     """
     encoder, rest = unwrap(content, "backbone.")
     weights = {_our_name(name): tensor for name, tensor in rest.items()}
-    rows, projection = weights.get("position.row"), weights.get("input_projection.weight")
-    if rows is None or projection is None:
-        raise InputError(
-            "no official UniAD checkpoint with learned positions: it lacks reconstruction."
-            + ("pos_embed.row_embed.weight" if rows is None else "input_proj.weight")
-        )
-    if projection.shape[1] != _CHANNELS:
+    kind = "UniAD checkpoint with learned positions"
+    grid, _ = shape_of(rest, "reconstruction.pos_embed.row_embed.weight", 2, kind=kind)
+    _, channels = shape_of(rest, "reconstruction.input_proj.weight", 2, kind=kind)
+    if channels != _CHANNELS:
         raise InputError(
             f"this reads UniAD's checkpoints with four levels of EfficientNet-B4 ({_CHANNELS} "
-            f"channels); the file has {projection.shape[1]} channels: fit it again with "
-            "--detector uniad"
+            f"channels); the file has {channels} channels: fit it again with --detector uniad"
         )
-    grid = len(rows)
     layers = len({name.split(".")[1] for name in weights if name.startswith("encoder_layers.")})
     return Official(
         UniADConfig(grid=grid, layers=layers),

@@ -7,11 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from allgood.detectors.unias import UniASConfig
-from allgood.official.checkpoint import Official, unwrap
+from allgood.official.checkpoint import Official, shape_of, unwrap
 from allgood.official.efficientnet import ENCODER, from_lukemelas
 from allgood.types import InputError
 
 _LEVELS = 4
+_BANK = "sem_seg_head.predictor.spatial_query_feat.weight"
+_HIDDEN = "sem_seg_head.pixel_decoder.transformer.encoder.layers.0.linear1.bias"
 
 
 def from_official(content: Any) -> Official:
@@ -31,18 +33,15 @@ def from_official(content: Any) -> Official:
         if start is None or inner == name:
             raise InputError(f"'{name}' is no part of an official UniAS checkpoint")
         weights[names[start] + inner.removeprefix(start)] = tensor
-    bank = weights.get("decoder.query.bank")
-    hidden = weights.get("neck.encoder.0.feed_forward.linear1.bias")
-    if bank is None or hidden is None:
-        raise InputError("no official UniAS checkpoint: it lacks the bank of queries or the neck")
-    tokens, width = len(bank) // 2, bank.shape[1]
-    grid = round(tokens**0.5)
-    if len(bank) != 2 * grid**2:
-        raise InputError(f"a bank of {len(bank)} queries is not two of a square grid")
-    weights["decoder.query.bank"] = bank.view(2, tokens, width)
+    queries, width = shape_of(state, _BANK, 2, kind="UniAS checkpoint")
+    (ffn,) = shape_of(state, _HIDDEN, 1, kind="UniAS checkpoint")
+    grid = round((queries / 2) ** 0.5)
+    if queries != 2 * grid**2:
+        raise InputError(f"a bank of {queries} queries is not two of a square grid")
+    weights["decoder.query.bank"] = state[_BANK].view(2, grid**2, width)
     channel_attention = any(".channel." in name for name in weights if ".stages." in name)
     return Official(
-        UniASConfig(grid, width, len(hidden), channel_attention=channel_attention),
+        UniASConfig(grid, width, ffn, channel_attention=channel_attention),
         weights,
         ENCODER,
         from_lukemelas(encoder) if encoder else None,
