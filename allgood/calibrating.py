@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ def calibrate(
     run: Path,
     good: list[Path],
     *,
-    max_false_alarm: float = 0.01,
+    max_false_alarm: float | None = None,
     category: str | None = None,
     layout: str | None = None,
     batch_size: int = 8,
@@ -29,10 +30,12 @@ def calibrate(
 
     Args:
         run: folder of a fitted run.
-        good: folders or manifests; every good picture in them counts, of every split. Pictures the
-            run was fitted on are left out: they would make the thresholds too low.
-        max_false_alarm: share of good pictures that may raise an alarm; 1 / (n + 1) is the least
-            that n pictures can promise.
+        good: folders or manifests; every good picture in them counts, of every split, but copies
+            of one file once. Pictures the run was fitted on are left out: they would make the
+            thresholds too low.
+        max_false_alarm: share of good pictures that may raise an alarm, of every category of the
+            run; 1 / (n + 1) is the least that n pictures can promise. Default: the run's own so
+            far, or 0.01.
         category: what the pictures show, where the folder's name does not say.
         layout: how the pictures lie on disk, where it is not recognised.
         batch_size: pictures that pass the network together.
@@ -40,7 +43,7 @@ def calibrate(
 
     Returns:
         the calibration, which also stands in the run's folder from then on. Categories that `good`
-        does not show keep theirs.
+        does not show keep their pictures.
 
     Raises:
         InputError: too few pictures for the rate, a category never learned, no good pictures.
@@ -48,22 +51,27 @@ def calibrate(
     from allgood.data.readers import read_data
     from allgood.inference import Inspector, require_at_least
     from allgood.progress import say
-    from allgood.runs import CALIBRATION, write_json
+    from allgood.runs import CALIBRATION, require_writable, write_json
 
     require_at_least(1, batch_size=batch_size)
-    _require_rate(max_false_alarm)
+    if max_false_alarm is not None:
+        require_rate(max_false_alarm)
     inspector = Inspector(run, device=device)
+    old = inspector.calibration
+    rate = max_false_alarm or (old.max_false_alarm if old is not None else 0.01)
     roots = [good] if isinstance(good, str | Path) else list(good)
     samples = [sample for sample in read_data(roots, layout=layout).samples if sample.is_good]
     if not samples:
         raise InputError(f"{', '.join(map(str, roots))}: no good pictures to calibrate on")
     samples = [_with_category(sample, category, inspector) for sample in samples]
+    _require_enough_kept(old, {sample.category for sample in samples}, rate)
+    require_writable(inspector.run, [CALIBRATION])
     scores = _score(inspector, _unseen(samples, inspector, roots), batch_size)
     for failure in scores.failures:
         say(f"left out: {failure.reason}")
     if not scores.image:
         raise InputError(f"none of the good pictures could be read; {scores.failures[0].reason}")
-    calibration = _kept(inspector.calibration, scores, max_false_alarm)
+    calibration = _kept(old, scores, rate)
     write_json(inspector.run / CALIBRATION, calibration.to_json())
     return calibration
 
@@ -105,6 +113,20 @@ def calibrate_on(
     return scores.failures
 
 
+def _require_enough_kept(old: Calibration | None, shown: Collection[str], rate: float) -> None:
+    """A rate holds for the whole run, so also for categories that are not shown this time."""
+    from allgood.calibration import pictures_needed
+
+    needed = pictures_needed(rate)
+    for name, scores in old.image_scores.items() if old is not None else ():
+        if name not in shown and len(scores) < needed:
+            raise InputError(
+                f"category '{name}' has {len(scores)} good calibration pictures from before, but a "
+                f"false-alarm rate of {rate:g} needs {needed}: give good pictures of it too, or "
+                "promise a larger rate with --max-false-alarm"
+            )
+
+
 def _kept(old: Calibration | None, new: _Scores, max_false_alarm: float) -> Calibration:
     """The new scores, and the old ones of categories that were not shown this time."""
     from allgood.calibration import Calibration
@@ -136,6 +158,9 @@ def _score(inspector: Inspector, samples: Sequence[Sample], batch_size: int) -> 
     from allgood.progress import bar
 
     digest = digests(samples)
+    # A copy tells nothing new: counted twice, few pictures would seem to promise a small rate.
+    different = {(s.category, digest.get(s.path, s.path)): s for s in samples}
+    samples = list(different.values())
     scores = _Scores()
     done = 0
     with bar("calibrating on good pictures", len(samples)) as progress:
@@ -157,13 +182,17 @@ def _unseen(
     samples: Sequence[Sample], inspector: Inspector, roots: Sequence[str | Path]
 ) -> list[Sample]:
     """Those that the run was not fitted on."""
-    from allgood.data.fingerprint import digests
+    from allgood.data.fingerprint import digests, source_digests
     from allgood.progress import say
     from allgood.runs import PROVENANCE, read_json
 
     known = set(read_json(inspector.run / PROVENANCE)["fitted_on"])
-    digest = digests(samples)
-    fresh = [sample for sample in samples if digest.get(sample.path) not in known]
+    digest, source = digests(samples), source_digests(roots)
+    fresh = [
+        sample
+        for sample in samples
+        if known.isdisjoint((digest.get(sample.path), source.get(os.path.abspath(sample.path))))
+    ]
     if not fresh:
         raise InputError(
             f"{', '.join(map(str, roots))}: the run was fitted on all of these pictures; "
@@ -175,47 +204,61 @@ def _unseen(
 
 
 def split_for_calibration(
-    samples: Sequence[Sample], share: float, max_false_alarm: float, seed: int, *, strict: bool
+    samples: Sequence[Sample],
+    share: float,
+    max_false_alarm: float,
+    seed: int,
+    *,
+    strict: bool,
+    known: Mapping[Path, str] | None = None,
 ) -> tuple[list[Sample], list[Sample]]:
     """Good pictures for fitting, and those kept from it for the thresholds.
 
     Per category the first of a seeded order of groups (or pictures), until `share` of the pictures
-    and enough for the promised rate are held out. A category that would give up more than half of
-    its pictures keeps them all, stays uncalibrated, and is named on stderr.
+    and enough for the promised rate are held out. Identical files stand on one side and count once.
+    A category that would give up more than half of its pictures keeps them all, stays uncalibrated,
+    and is named on stderr.
+
+    Args:
+        known: what `digests` gave for these or more pictures, so that they are not read again.
 
     Raises:
         InputError: with `strict`, where a category would stay uncalibrated.
     """
     from allgood.calibration import pictures_needed
+    from allgood.data.fingerprint import digests
     from allgood.progress import say
 
     if not 0 <= share < 1:
         raise InputError(f"calibration_share must be at least 0 and below 1, got {share:g}")
-    _require_rate(max_false_alarm)
+    require_rate(max_false_alarm)
     if share == 0:
         return list(samples), []
     fitting: list[Sample] = []
     held_out: list[Sample] = []
     needed = pictures_needed(max_false_alarm)
+    digest = digests(samples) if known is None else known
+    num_copies = 0
     for category in sorted({sample.category for sample in samples}):
         own = [sample for sample in samples if sample.category == category]
-        wanted = max(needed, round(share * len(own)))
-        groups: dict[str, list[Sample]] = {}
-        for sample in own:
-            groups.setdefault(sample.group or sample.id, []).append(sample)
+        groups = _groups(own, digest)
+        size = {name: _num_different(members, digest) for name, members in groups.items()}
+        num_different = sum(size.values())
+        num_copies += len(own) - num_different
+        wanted = max(needed, round(share * num_different))
         held: set[str] = set()
         taken = 0
         for group in sorted(groups, key=lambda name: _order(name, seed)):
             if taken >= wanted:
                 break
             held.add(group)
-            taken += len(groups[group])
-        if taken < wanted or taken > len(own) / 2:
+            taken += size[group]
+        if taken < wanted or taken > num_different / 2:
             reason = (
                 f"a false-alarm rate of {max_false_alarm:g} keeps {max(wanted, taken)} good "
                 f"pictures of category '{category}' from fitting, more than half of its "
-                f"{len(own)}: give more pictures, promise a larger rate with --max-false-alarm, "
-                "or fit with --calibration-share 0 and see `allgood calibrate`"
+                f"{num_different}: give more pictures, promise a larger rate with "
+                "--max-false-alarm, or fit with --calibration-share 0 and see `allgood calibrate`"
             )
             if strict:
                 raise InputError(reason)
@@ -223,10 +266,47 @@ def split_for_calibration(
             held = set()
         for name, members in groups.items():
             (held_out if name in held else fitting).extend(members)
+    if num_copies:
+        say(
+            f"{num_copies} of the {len(samples)} good pictures are copies of others: none is kept "
+            "for the thresholds while its copy is fitted"
+        )
     return fitting, held_out
 
 
-def _require_rate(max_false_alarm: float) -> None:
+def _groups(samples: Sequence[Sample], digest: Mapping[Path, str]) -> dict[str, list[Sample]]:
+    """Name -> pictures that stand on one side: those of a group, and of groups that share a file.
+
+    Groups that are joined go by the first of their names.
+    """
+    joined: dict[str, str] = {}
+    """Group -> a group it is joined with, of a name before its own; or itself."""
+
+    def first(name: str) -> str:
+        while joined[name] != name:
+            name = joined[name]
+        return name
+
+    owner: dict[str, str] = {}
+    for sample in samples:
+        name = sample.group or sample.id
+        joined.setdefault(name, name)
+        if sample.path in digest:
+            one, other = first(name), first(owner.setdefault(digest[sample.path], name))
+            joined[max(one, other)] = min(one, other)
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(first(sample.group or sample.id), []).append(sample)
+    return groups
+
+
+def _num_different(samples: Sequence[Sample], digest: Mapping[Path, str]) -> int:
+    """How many files there are if copies count once; one that cannot be read is like no other."""
+    return len({digest.get(sample.path, sample.path) for sample in samples})
+
+
+def require_rate(max_false_alarm: float) -> None:
+    """InputError where this is no share of pictures."""
     if not 0 < max_false_alarm < 1:
         raise InputError(f"max_false_alarm must lie between 0 and 1, got {max_false_alarm:g}")
 

@@ -24,7 +24,7 @@ def read_given(ignore: Path | None, categories: Sequence[str]) -> dict[str, np.n
     """The user's masks by category: one file for all, or a folder of CATEGORY.png.
 
     Raises:
-        InputError: a mask that is white all over, or of no category.
+        InputError: a mask that is white all over, has no white, or is of no category.
     """
     if ignore is None:
         return {}
@@ -43,6 +43,11 @@ def read_given(ignore: Path | None, categories: Sequence[str]) -> dict[str, np.n
 
 def _read(path: Path) -> np.ndarray:
     mask = read_image(path).max(axis=2) >= 128  # not > 0: a JPEG's black is not all black
+    if not mask.any():
+        raise InputError(
+            f"{path}: has no white pixel (128 of 255 or above), so nothing would be ignored; paint "
+            "white what is to be ignored"
+        )
     if mask.mean() > 0.98:
         raise InputError(
             f"{path}: is white all over, so nothing is left to look at; paint white only "

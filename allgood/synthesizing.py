@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 DEFECT = "synthetic"
 """Folder of the drawn pictures, in test/ and ground_truth/."""
 SHEET = "contact_sheet.png"
-RECORD = "synthesis.json"
 
 _LOOKS = 8
 """Good pictures per category from which the foreground is chosen."""
@@ -58,7 +57,8 @@ def synthesize(
     the good test pictures in test/good and, with anomalies, in test/synthetic; masks in
     ground_truth/synthetic. Where the data have no good test pictures, some of the training ones
     are taken for it. Beside them lie contact_sheet.png, to look at, and synthesis.json, which says
-    what was drawn into what.
+    what was drawn into what. Synthesize first, then fit on OUT: an evaluation leaves out what was
+    drawn into pictures that the run has seen.
 
     Args:
         data: folders or manifests, as for fitting.
@@ -83,6 +83,7 @@ def synthesize(
         InputError: anything given that cannot be used, in one sentence.
     """
     arguments = dict(locals())
+    from allgood.data.fingerprint import SYNTHESIS_RECORD
     from allgood.data.readers import read_data
     from allgood.data.synthesis import SynthesisConfig, Synthesizer
     from allgood.inference import require_at_least
@@ -112,8 +113,9 @@ def synthesize(
             "settings": asdict(config),
             "foreground": modes,
             "pictures": entries,
+            "made_from": {name: item.digest for item in done for name in item.files},
         }
-        write_json(building / RECORD, record)
+        write_json(building / SYNTHESIS_RECORD, record)
     say(f"drew {len(entries)} anomalies; foreground: {_words(modes)}; look at {out / SHEET}")
     for reason in (
         *(item.failure.reason for item in done if item.failure is not None),
@@ -138,6 +140,10 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Done:
+    digest: str = ""
+    """Of the good picture's file."""
+    files: tuple[str, ...] = ()
+    """Below the root: the pictures that were made from it, the good one and those drawn into."""
     entries: tuple[Mapping[str, Any], ...] = ()
     shown: tuple[tuple[str, tuple[np.ndarray, ...]], ...] = ()
     """Caption, and the thumbnails good, synthetic, synthetic with the mask's outline."""
@@ -284,6 +290,7 @@ def _draw_one(
     task: _Task, root: Path, synthesizer: Synthesizer, transform: Transform | None
 ) -> _Done:
     from allgood.data.files import PICTURE_SUFFIXES
+    from allgood.data.fingerprint import content_digest
     from allgood.data.images import read_image, shown
     from allgood.evaluation.overlay import mask_outline, shrink
 
@@ -300,18 +307,21 @@ def _draw_one(
         if not reason.startswith(shown(sample.path)):
             reason = f"{shown(sample.path)}: {reason}"
         return _Done(failure=Failure(sample.path, reason))
-    good = folder / task.split / "good"
+    good = folder / task.split / "good" / f"{task.name}.png"
     if transform is None and suffix.lower() in PICTURE_SUFFIXES:
         # The very bytes: an evaluation still knows which pictures the run has learned from.
-        shutil.copyfile(sample.path, good / f"{task.name}{suffix}")
+        good = good.with_name(f"{task.name}{suffix}")
+        shutil.copyfile(sample.path, good)
     else:
-        _save(good / f"{task.name}.png", image)
+        _save(good, image)
+    files = [good.relative_to(root).as_posix()]
     entries, looks = [], []
     for index, draw in enumerate(draws):
         picture = folder / "test" / DEFECT / f"{task.name}_{index:03}.png"
         mask = folder / "ground_truth" / DEFECT / f"{task.name}_{index:03}_mask.png"
         _save(picture, draw.image)
         _save(mask, draw.mask.astype("uint8") * 255)
+        files.append(picture.relative_to(root).as_posix())
         entries.append(
             {
                 "picture": picture.relative_to(root).as_posix(),
@@ -325,7 +335,7 @@ def _draw_one(
             outlined = mask_outline(draw.image, draw.mask)
             thumbnails = tuple(shrink(each, _THUMBNAIL) for each in (image, draw.image, outlined))
             looks.append((f"{sample.category}  {draw.source}", thumbnails))
-    return _Done(tuple(entries), tuple(looks))
+    return _Done(content_digest(sample.path), tuple(files), tuple(entries), tuple(looks))
 
 
 def _folder_name(category: str) -> str:
@@ -379,11 +389,17 @@ def _refuse(out: Path) -> None:
         raise InputError(f"'{out}' is a file: name a folder with --out")
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"folder '{out}' is not empty: name another one with --out")
+    if os.path.ismount(os.path.realpath(out)):
+        raise InputError(
+            f"folder '{out}' is a mount point, which cannot be replaced: name a folder in it "
+            "with --out"
+        )
 
 
 @contextmanager
 def _built_beside(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` that takes its place at the end; on failure nothing stays."""
+    out = Path(os.path.realpath(out))  # a link stays, and leads to the new folder
     building = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,8 @@ class Sample:
     mask_threshold: int = 1
     """Mask pixels of at least this 8-bit value are anomalous, decided at the mask's own size."""
     group: str = ""
-    """Pictures of one physical part share a group and never stand on two sides of a split."""
+    """Pictures that belong together, as those of one physical part. The good ones never stand on
+    two sides of a split; in a manifest the defective ones stand with them."""
     meta: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -198,7 +198,7 @@ def test_command_and_python(allgood: Command, uncalibrated: Path, fresh: Path, t
 
 
 def test_one_category_later(allgood: Command, uncalibrated: Path, fresh: Path) -> None:
-    """Categories that are not shown keep their scores."""
+    """Categories that are not shown keep their scores, and the run its rate unless told."""
     assert allgood("calibrate", uncalibrated, fresh / "wood", "--max-false-alarm", 0.05).code == 0
     one = json.loads((uncalibrated / "calibration.json").read_text())["categories"]
     words = ["calibrate", uncalibrated, fresh / "cloth", "--max-false-alarm", 0.04]
@@ -208,7 +208,9 @@ def test_one_category_later(allgood: Command, uncalibrated: Path, fresh: Path) -
     assert both["categories"]["wood"]["image_scores"] == one["wood"]["image_scores"]
     assert both["max_false_alarm"] == 0.04
     said = allgood.refused(*words[:-1], 0.01)
-    assert "has 30 good calibration pictures, but a false-alarm rate of 0.01 needs 99" in said
+    assert "'wood' has 30 good calibration pictures from before, but a false-alarm" in said
+    assert "calibrating on good pictures" not in said  # known before anything is judged
+    assert allgood(*words[:-2]).code == 0
     assert json.loads((uncalibrated / "calibration.json").read_text()) == both
 
 
@@ -229,6 +231,27 @@ def test_pictures_seen_in_fitting_are_left_out(
         "calibrate", uncalibrated, tree / "wood" / "train" / "good", "--category", "wood"
     )
     assert "the run was fitted on all of these pictures" in said
+
+
+def test_a_copy_counts_once(
+    allgood: Command, uncalibrated: Path, fresh: Path, tmp_path: Path
+) -> None:
+    """Counted twice, ten pictures would promise what takes nineteen."""
+    for name in ("monday", "copied"):
+        shutil.copytree(fresh / "wood", tmp_path / "wood" / name)
+    words = ["calibrate", uncalibrated, tmp_path / "wood"]
+    assert "from 30 good pictures" in allgood(*words, "--max-false-alarm", 0.05).out
+    said = allgood.refused(*words, "--max-false-alarm", 0.02)
+    assert "has 30 good calibration pictures" in said
+
+
+def test_resized_copies_of_seen_pictures_are_left_out(
+    allgood: Command, uncalibrated: Path, tree: Path, tmp_path: Path
+) -> None:
+    out = library.synthesize([tree], out=tmp_path / "s", image_size=48, categories=("wood",))
+    answer = allgood("calibrate", uncalibrated, out, "--max-false-alarm", 0.2)
+    assert "48 pictures left out" in answer.err
+    assert "from 6 good pictures" in answer.out
 
 
 def test_category_named(allgood: Command, uncalibrated: Path, fresh: Path, tmp_path: Path) -> None:

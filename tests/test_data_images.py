@@ -352,11 +352,40 @@ def test_faint_blue_counts(tmp_path: Path) -> None:
     assert np.array_equal(read_mask([path], size=SIZE), SPOT)
 
 
-def test_palette_masks_go_by_index(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "palette",
+    [
+        [0, 0, 0, 128, 0, 0],  # VOC
+        [200, 200, 0, 0, 0, 0],
+        [200, 200, 200, 90, 90, 90],
+        [0, 0, 0, 0, 0, 0],  # never set
+    ],
+)
+def test_palette_masks_go_by_index(tmp_path: Path, palette: list[int]) -> None:
     indexed = Image.fromarray(SPOT.astype(np.uint8), "P")
-    indexed.putpalette([200, 200, 200, 0, 0, 0])  # bright background, black defect
+    indexed.putpalette(palette)
     path = save(indexed, tmp_path / "m.png")
     assert np.array_equal(read_mask([path], size=SIZE), SPOT)
+
+
+def test_palette_masks_in_black_and_white_go_by_colour(tmp_path: Path) -> None:
+    """A conversion may put white first: the index would give the mask inverted."""
+    indexed = Image.fromarray((~SPOT).astype(np.uint8), "P")
+    indexed.putpalette([255, 255, 255, 0, 0, 0])
+    colour = spot().convert("RGB")
+    for path in (
+        save(indexed, tmp_path / "m.png"),
+        save(indexed.convert("PA"), tmp_path / "m.tif"),
+        save(colour.quantize(2), tmp_path / "q.png"),
+        save(colour.convert("P", palette=Image.Palette.ADAPTIVE), tmp_path / "a.png"),
+        save(colour, tmp_path / "m.gif"),
+    ):
+        assert np.array_equal(read_mask([path], size=SIZE), SPOT), path
+    black = save(spot(value=0).convert("RGB").quantize(2), tmp_path / "black.png")
+    assert not read_mask([black], size=SIZE).any()
+    assert not read_mask(
+        [save(spot(value=90).convert("P"), tmp_path / "l.png")], size=SIZE, threshold=128
+    ).any()
 
 
 def test_16_bit_masks(tmp_path: Path) -> None:

@@ -156,6 +156,55 @@ def test_what_is_absent_is_inferred(folder: Path) -> None:
         assert got[0].split == got[1].split
 
 
+def test_a_part_with_a_defect_is_not_learned(folder: Path) -> None:
+    """One view of a part in training would make its defective view easy to find."""
+    rows = [
+        {"image": "img/a.png", "label": 0, "group": "part 1"},
+        {"image": "img/b.png", "label": 1, "group": "part 1"},
+        {"image": "img/ü c.png", "label": 0, "group": "part 2"},
+    ]
+    path = write(folder / "list.csv", rows)
+    assert [s.split for s in read_manifest(path, train_share=1)] == ["test", "test", "train"]
+    rows[0]["split"], rows[1]["category"] = "train", "other"  # other parts, numbered alike
+    assert read_manifest(write(path, rows))[0].split == "train"
+
+
+@pytest.mark.parametrize(
+    "second", [{"label": 1}, {"label": 1, "split": "test"}, {"label": 0, "split": "test"}]
+)
+def test_a_group_on_two_given_sides(folder: Path, second: dict) -> None:
+    rows = [
+        {"image": "img/a.png", "label": 0, "split": "train", "group": "part 1"},
+        {"image": "img/b.png", "group": "part 1"} | second,
+    ]
+    with pytest.raises(InputError, match=r"entry 2 stands in test, but another.*'part 1' in train"):
+        read_manifest(write(folder / "list.json", rows))
+
+
+@pytest.mark.parametrize("column", ["labels", "Lable", "is_anomaly", "defects"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_misnamed_column_is_refused(folder: Path, column: str, suffix: str) -> None:
+    """Passed over, it would make every row good."""
+    rows = [{"image": "img/a.png", column: 0}, {"image": "img/b.png", column: 1}]
+    with pytest.raises(InputError, match=rf"a column '{column.lower()}'.*did you mean '\w+'\?"):
+        read_manifest(write(folder / f"list{suffix}", rows))
+
+
+def test_columns_of_the_users_own(folder: Path) -> None:
+    """Also where they are nearly ours, if ours stands beside them."""
+    row = {"image": "img/a.png", "label": 0, "labels": "x", "site": "B", "camera": "1", "lot": "7"}
+    (sample,) = read_manifest(write(folder / "list.csv", [row]))
+    assert sample.meta == {"labels": "x", "site": "B", "camera": "1", "lot": "7"}
+
+
+@pytest.mark.parametrize("word", ["good", "bad", "OK", "NG"])
+def test_a_label_called_class(folder: Path, word: str) -> None:
+    rows = [{"image": "img/a.png", "class": word}]
+    text = rf"entry 1 has the category '{word}' and no label; call the column 'label'"
+    with pytest.raises(InputError, match=text):
+        read_manifest(write(folder / "list.csv", rows))
+
+
 @pytest.mark.parametrize(
     "row, text",
     [

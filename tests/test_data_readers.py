@@ -1,11 +1,13 @@
 """Layouts, their detection, the split of data without one, and the texts of errors."""
 
+import errno
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import data_trees
@@ -117,6 +119,33 @@ def test_mvtec_refuses_what_it_would_misread(tmp_path: Path) -> None:
         read_data([root])
 
 
+@pytest.mark.parametrize("kind", ["good", "crack"])
+def test_masks_beside_their_pictures_are_refused(tmp_path: Path, kind: str) -> None:
+    root = data_trees.mvtec(tmp_path)
+    save(picture(), root / "test" / kind / "7.jpg")
+    save(spot(), root / "test" / kind / "7_mask.png")
+    with pytest.raises(InputError, match=r"7_mask\.png: looks like the mask of '7' beside it"):
+        read_data([root])
+
+
+def test_a_folder_that_cannot_be_listed_stops_the_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passed over, its pictures would be missing without a word."""
+    root = data_trees.mvtec(tmp_path)
+    save(picture(), root / "train" / "good" / "monday" / "0.png")
+    scandir = os.scandir
+
+    def forbidding(path: str | Path) -> Iterator[os.DirEntry]:
+        if Path(path).name == "monday":  # root, as which tests may run, may list everything
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    with pytest.raises(InputError, match=r"monday: cannot be listed \(Permission denied\); check"):
+        read_data([root])
+
+
 def test_links_are_followed_once(tmp_path: Path) -> None:
     root = data_trees.mvtec(tmp_path / "real")
     (root / "train" / "good" / "again").symlink_to(root / "train" / "good")
@@ -150,6 +179,37 @@ def test_good_and_bad_of_several_products(tmp_path: Path) -> None:
         read_data([tmp_path])
 
 
+def test_products_with_good_pictures_only(tmp_path: Path) -> None:
+    for product in ("bottle", "cable"):
+        for i in range(3):
+            save(picture(i), tmp_path / product / "good" / f"{i}.png")
+    data = read_data([tmp_path])
+    assert data.layouts == {str(tmp_path): "good_and_bad"}
+    assert data.categories == ("bottle", "cable")
+    assert len(data.samples) == 6 and all(s.is_good for s in data.samples)
+
+
+@pytest.mark.parametrize("name", ["label", "masks", "ground_truth"])
+@pytest.mark.parametrize("product", ["", "bottle"])
+def test_masks_of_no_defect_are_refused(tmp_path: Path, name: str, product: str) -> None:
+    """Whether they are masks or defective parts, good they are not."""
+    save(picture(), tmp_path / product / "good" / "000.png")
+    save(spot(), tmp_path / product / name / "000.png")
+    with pytest.raises(InputError, match=rf"{name}: its name says masks, but no folder beside it"):
+        read_data([tmp_path])
+
+
+def test_a_defect_called_label(tmp_path: Path) -> None:
+    root = tmp_path / "bottle"
+    for name in ("good/0.png", "scratch/1.png", "label/2.png"):
+        save(picture(), root / name)
+    found = {s.id: s.defect for s in read_data([root]).samples}
+    assert found == {"good/0.png": "good", "scratch/1.png": "scratch", "label/2.png": "label"}
+    (root / "label" / "2.png").rename(root / "label" / "1.png")
+    masks = {s.id: s.mask_paths for s in read_data([root]).samples}
+    assert masks == {"good/0.png": (), "scratch/1.png": (root / "label" / "1.png",)}
+
+
 def test_one_flat_mask_for_two_pictures(tmp_path: Path) -> None:
     root = data_trees.good_and_bad(tmp_path / "seal")
     save(picture(), root / "dent" / "a b.png")
@@ -172,12 +232,26 @@ def test_good_only(tmp_path: Path) -> None:
     assert len(read_data([root], layout="good_folder").train) == 3
 
 
+@pytest.mark.parametrize("names", [("2026-01", "2026-02"), ("shift_a", "tests"), ("ok_1", "ok_2")])
+def test_sub_folders_of_good_parts(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        save(picture(), tmp_path / "lid" / name / "0.png")
+    assert detect_layout(tmp_path / "lid") == "good_folder"
+
+
 @pytest.mark.parametrize(
     "files, text",
     [
         (["0.png", "day/1.png"], r"1 pictures beside folders with pictures \('day'\).*--layout"),
         (["scratch/0.png", "Defective/1.png"], r"'Defective' would be taken for good"),
         (["train/x/0.png", "test/y/0.png"], r"'test', 'train' would be taken for good"),
+        (["good_images/0.png", "bad_images/1.png"], r": 'bad_images' would be taken for good"),
+        (["OK_parts/0.png", "NG_parts/1.png"], r": 'NG_parts' would be taken for good"),
+        (["0_ok/0.png", "1_not_ok/1.png"], r": '1_not_ok' would be taken for good"),
+        (["GoodParts/0.png", "BadParts/1.png"], r": 'BadParts' would be taken for good"),
+        (["good-1/0.png", "good-2/1.png", "scratch/2.png"], r": 'scratch' would be taken for good"),
+        (["nut/ok_1/0.png", "nut/ng_1/0.png"], r": 'nut/ng_1' would be taken for good"),
+        (["images/0.png", "masks/0.png"], r": 'masks' would be taken for good"),
         (["good/0.png", "normal/1.png"], r"'good', 'normal' all mean good"),
         (["notes.txt"], r"holds no picture \(no folders\)"),
         (["split_csv/1cls.csv", "candle/x.png"], r"looks like VisA"),
@@ -301,6 +375,16 @@ def test_elpv_without_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         read_data(["elpv"])
     data_trees.elpv(tmp_path / "elpv")  # a folder of that name goes first
     assert len(read_data(["elpv"]).samples) == 90
+
+
+def test_labels_csv_that_is_a_manifest(tmp_path: Path) -> None:
+    for i in range(2):
+        save(picture(i), tmp_path / "images" / f"{i}.png")
+    (tmp_path / "labels.csv").write_text("image,label\nimages/0.png,0\nimages/1.png,1\n")
+    with pytest.raises(InputError, match=r"holds labels\.csv, which.*name that file instead"):
+        read_data([tmp_path])
+    assert len(read_data([tmp_path / "labels.csv"]).samples) == 2
+    assert len(read_data([tmp_path], layout="good_folder").samples) == 2
 
 
 # -- many roots ----------------------------------------------------------------------------------

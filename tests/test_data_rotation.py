@@ -73,3 +73,14 @@ def test_the_frame_stays_and_the_picture_is_turned_before_resizing() -> None:
     copy = replace(transform, angle=45.0)
     assert copy(image).shape == transform(image).shape == (3, 32, 48)
     torch.testing.assert_close(copy(image), transform(turned(image, 45)))
+
+
+@pytest.mark.parametrize("angle", range(45, 360, 45))
+@pytest.mark.parametrize("transform", [Transform(64), Transform(32), Transform(64, center_crop=48)])
+def test_an_ignored_region_turns_with_its_picture(transform: Transform, angle: int) -> None:
+    """A white region on black: where any of it is seen, nobody looks."""
+    region = np.zeros((64, 64), bool)
+    region[4:24, 8:40] = True
+    copy = replace(transform, angle=float(angle))
+    seen = copy(np.repeat(255 * region[..., None].astype(np.uint8), 3, axis=2))[0]
+    assert torch.equal(copy.mask_to_input(region), seen > 0)

@@ -253,6 +253,25 @@ def test_an_empty_folder_will_do(data: Path, tmp_path: Path) -> None:
     assert (out / "synthesis.json").is_file()
 
 
+def test_a_link_to_an_empty_folder_will_do(data: Path, tmp_path: Path) -> None:
+    link, disk = tmp_path / "s", tmp_path / "disk" / "s"
+    disk.mkdir(parents=True)
+    link.symlink_to(disk)
+    assert synthesize([data], out=link, total=1) == link
+    assert link.is_symlink() and (disk / "synthesis.json").is_file()
+    assert os.listdir(disk.parent) == ["s"]
+
+
+def test_a_mount_point_is_refused_before_any_work(
+    allgood: Command, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "s"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(out))
+    said = allgood.refused("synthesize", data, "--out", out)
+    assert said.startswith(f"folder '{out}' is a mount point, which cannot be replaced")
+
+
 def test_stopped_half_way_leaves_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,10 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from allgood.data.images import shown
 from allgood.types import InputError
@@ -21,12 +23,23 @@ BAD_NAMES = frozenset(
     | {"anomalous", "abnormal", "reject", "rejects", "ungood", "not_good", "nok"}
 )
 
-MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks", "label", "labels")
+CERTAIN_MASK_FOLDERS = ("ground_truth", "gt")
+MASK_FOLDERS = (*CERTAIN_MASK_FOLDERS, "mask", "masks", "label", "labels")
 MASK_ENDINGS = ("_mask", "_label")
 
 
 def is_good_name(name: str) -> bool:
     return name.casefold() in GOOD_NAMES
+
+
+def sounds_good(name: str) -> bool:
+    """Whether a word of a name means good, as in `good_images` or `0_ok`."""
+    return bool(_words(name) & GOOD_NAMES) and not sounds_bad(name)
+
+
+def sounds_bad(name: str) -> bool:
+    """Whether a name or a word of it means bad, as in `bad_images`, `NG_parts` or `not_ok`."""
+    return name.casefold() in BAD_NAMES or bool(_words(name) & (BAD_NAMES | {"not", "non"}))
 
 
 def is_picture_name(name: str) -> bool:
@@ -61,9 +74,7 @@ def folders_in(folder: Path) -> list[Path]:
             if _is_data_folder(entry.name) and entry.is_dir()
         )
     except OSError as error:
-        raise InputError(
-            f"{shown(folder)}: cannot be listed ({error.strerror}); check the path and its rights"
-        ) from None
+        _refuse_unlisted(error)
 
 
 def child_named(folder: Path, names: Iterable[str]) -> Path | None:
@@ -145,24 +156,25 @@ class MaskIndex:
             return ()
         if defect not in self._by_defect:
             child = self.folder / defect
-            self._by_defect[defect] = _by_stem(child, pictures_below(child))
-        masks = self._by_defect[defect].get(stem, [])
-        if not masks and stem in self._flat:
+            masks = pictures_below(child) if child.is_dir() else []
+            self._by_defect[defect] = _by_stem(child, masks)
+        found = self._by_defect[defect].get(stem, [])
+        if not found and stem in self._flat:
             owner = self._flat_owner.setdefault(stem, picture)
             if owner.parent != picture.parent:
                 raise InputError(
                     f"{shown(self._flat[stem][0])}: is the mask of {shown(owner)} or of "
                     f"{shown(picture)}; put masks into one sub-folder per defect"
                 )
-            masks = self._flat[stem]
-        return tuple(masks)
+            found = self._flat[stem]
+        return tuple(found)
 
 
 def _by_stem(folder: Path, masks: list[Path]) -> dict[str, list[Path]]:
     index: dict[str, list[Path]] = {}
     for path in masks:
         relative = path.relative_to(folder).with_suffix("")
-        index.setdefault(_without_ending(relative.as_posix()), []).append(path)
+        index.setdefault(without_mask_ending(relative.as_posix()), []).append(path)
     for path in masks:  # stem/000.png, stem/001.png: several masks of one picture
         parent = path.relative_to(folder).parent.as_posix()
         if parent != ".":
@@ -170,20 +182,33 @@ def _by_stem(folder: Path, masks: list[Path]) -> dict[str, list[Path]]:
     return index
 
 
-def _without_ending(stem: str) -> str:
+def without_mask_ending(stem: str) -> str:
     for ending in MASK_ENDINGS:
         if stem.lower().endswith(ending):
             return stem[: -len(ending)]
     return stem
 
 
+def _words(name: str) -> set[str]:
+    """The words of a name, also where only a capital parts them: `OkParts`."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return set(re.findall(r"[^\W\d_]+", parted.casefold()))
+
+
 def _is_data_folder(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 
+def _refuse_unlisted(error: OSError) -> NoReturn:
+    raise InputError(
+        f"{shown(error.filename)}: cannot be listed ({error.strerror}); "
+        "check the path and its rights"
+    ) from None
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     visited: set[str] = set()
-    for parent, children, names in os.walk(folder, followlinks=True):
+    for parent, children, names in os.walk(folder, onerror=_refuse_unlisted, followlinks=True):
         real = os.path.realpath(parent)
         children[:] = sorted(filter(_is_data_folder, children)) if real not in visited else []
         if real not in visited:

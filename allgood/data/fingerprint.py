@@ -1,6 +1,8 @@
 """What the data were: a short hash of the pictures' contents, for provenance and for caches."""
 
 import hashlib
+import json
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -8,6 +10,9 @@ from pathlib import Path
 
 from allgood.data.images import shown
 from allgood.types import InputError, Sample
+
+SYNTHESIS_RECORD = "synthesis.json"
+"""What `allgood synthesize` writes beside its pictures."""
 
 _UNREADABLE = "unreadable"
 
@@ -50,6 +55,31 @@ def digests(samples: Iterable[Sample]) -> dict[Path, str]:
     with ThreadPoolExecutor(4) as pool:
         found = zip(paths, pool.map(_digest_or_mark, paths), strict=True)
         return {path: digest for path, digest in found if digest != _UNREADABLE}
+
+
+def source_digests(roots: Iterable[Path | str]) -> dict[str, str]:
+    """Absolute path -> `content_digest` of the picture it was made from, of those that
+    `allgood synthesize` wrote to these roots or to the folders they lie in.
+
+    Raises:
+        InputError: a record that is damaged.
+    """
+    sources: dict[str, str] = {}
+    for root in map(os.path.abspath, roots):
+        for folder in (root, os.path.dirname(root)):
+            path = os.path.join(folder, SYNTHESIS_RECORD)
+            if not os.path.isfile(path):
+                continue
+            try:
+                with open(path, encoding="utf-8") as file:
+                    made_from = json.load(file).get("made_from", {}).items()
+            except (OSError, ValueError, AttributeError):
+                raise InputError(
+                    f"{shown(path)}: is no record of allgood synthesize; copy it again or "
+                    "move it away"
+                ) from None
+            sources |= {os.path.join(folder, name): digest for name, digest in made_from}
+    return sources
 
 
 def _line(known: Mapping[Path, str] | None, sample: Sample) -> str:

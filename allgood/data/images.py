@@ -60,10 +60,11 @@ def read_mask(
     """The union of mask files: (H, W) bool, True where the part is anomalous.
 
     Each file is binarised at its own size: 8-bit value >= threshold (of colour the largest
-    channel), palette index != 0, 16 bits and float: nonzero if the threshold is 1, else
-    value / 257 >= threshold. Alpha is ignored. A mask that fits the displayed size is taken as it
-    is; one that fits only the size as stored is turned like the picture. Of another size with
-    the same aspect ratio, it is resized to `size` with nearest.
+    channel), 16 bits and float: nonzero if the threshold is 1, else value / 257 >= threshold. A
+    palette that is grey, with black, counts by its values, any other by index != 0. Alpha is
+    ignored. A mask that fits the displayed size is taken as it is; one that fits only the size as
+    stored is turned like the picture. Of another size with the same aspect ratio, it is resized to
+    `size` with nearest.
 
     Args:
         paths: mask files of one picture; none gives an all-False mask.
@@ -243,8 +244,9 @@ def _sixteen_to_eight(values: np.ndarray) -> np.ndarray:
 def _to_bool(image: Image.Image, threshold: int) -> np.ndarray:
     """(h, w) bool at the mask's own size."""
     if image.mode in ("P", "PA"):
-        index = np.array(image)
-        return (index if index.ndim == 2 else index[:, :, 0]) != 0
+        index = np.array(image.getchannel(0))
+        greys = _greys_of_palette(image, index)
+        return index != 0 if greys is None else greys[index] >= threshold
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.array(image)
         if threshold == 1:
@@ -260,6 +262,22 @@ def _to_bool(image: Image.Image, threshold: int) -> np.ndarray:
         return np.array(image.getchannel(0)) >= threshold
     # The largest channel: weighing blue by 0.11 would round a small label value to nothing.
     return np.array(image.convert("RGB")).max(axis=2) >= threshold
+
+
+def _greys_of_palette(image: Image.Image, index: np.ndarray) -> np.ndarray | None:
+    """(256,) uint8: grey of each index, where the used ones are greys and black is one of them.
+
+    Any order of entries is then a mask drawn in black and white, as it comes out of a conversion to
+    GIF. Colours are names of labels (VOC), and so are entries that look alike: None.
+    """
+    entries = np.zeros((256, 3), np.uint8)
+    stored = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    entries[: len(stored)] = stored
+    used = entries[np.unique(index)]
+    greys = used[:, 0]
+    if (used != greys[:, None]).any() or greys.min() > 0 or len(np.unique(greys)) < len(greys):
+        return None
+    return entries[:, 0]
 
 
 # -- geometry ------------------------------------------------------------------------------------

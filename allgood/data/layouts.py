@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from allgood.data.files import (
+    CERTAIN_MASK_FOLDERS,
     MASK_FOLDERS,
     MaskIndex,
     category_name,
@@ -85,20 +86,24 @@ def _mvtec_category(folder: Path, root: Path) -> list[Sample]:
 # -- folders without a split ---------------------------------------------------------------------
 
 
-def is_good_and_bad_category(folder: Path) -> bool:
-    """Whether a folder has a good folder and at least one other with pictures."""
-    return good_child(folder) is not None and any(map(has_pictures, _defect_folders(folder)))
+def is_good_and_bad(folder: Path) -> bool:
+    """Whether a folder has a good folder and another with pictures, or folders have a good one."""
+    children = folders_in(folder)
+    if good_child(folder) is not None:
+        return any(has_pictures(child) for child in children if not is_good_name(child.name))
+    return any(good_child(child) is not None for child in children)
 
 
 def read_good_and_bad(root: Path | str, *, train_share: float = 0.8, seed: int = 0) -> list[Sample]:
     """A folder called good (ok, normal, pass, free) and others, each named after its defect.
 
     One category at the root, or several one level down. Masks, if any, lie in `ground_truth`, `gt`,
-    `mask(s)` or `label(s)` beside them. Good pictures are split by `splits.in_holdout`; defective
-    ones are for testing.
+    `mask(s)` or `label(s)` beside them; but where no file in `mask(s)` or `label(s)` has the name
+    of a defective picture, the folder is a defect too. Good pictures are split by
+    `splits.in_holdout`; defective ones are for testing.
 
     Raises:
-        InputError: no good folder, several, or a category without one.
+        InputError: no good folder, several, a category without one, or masks of no defect.
     """
     root = Path(root)
     samples: list[Sample] = []
@@ -110,8 +115,24 @@ def read_good_and_bad(root: Path | str, *, train_share: float = 0.8, seed: int =
             id = relative_id(path, root)
             side = good_split(id, "", train_share=train_share, seed=seed)
             samples.append(_good(path, category, side, root))
-        masks = MaskIndex(child_named(folder, MASK_FOLDERS))
-        samples += _defective(_defect_folders(folder), category, masks, root)
+        samples += _bad(folder, category, root)
+    return samples
+
+
+def _bad(folder: Path, category: str, root: Path) -> list[Sample]:
+    """The defective pictures beside a good folder."""
+    defects, masks = _defect_folders(folder), child_named(folder, MASK_FOLDERS)
+    samples = _defective(defects, category, MaskIndex(masks), root)
+    if masks is None or not has_pictures(masks):
+        return samples
+    if not samples:
+        raise InputError(
+            f"{shown(masks)}: its name says masks, but no folder beside it holds the pictures that "
+            "they mark; if these are defective parts rename it after their defect, else move it "
+            "away"
+        )
+    if masks.name.casefold() not in CERTAIN_MASK_FOLDERS and not any(s.mask_paths for s in samples):
+        samples += _defective([masks], category, MaskIndex(None), root)
     return samples
 
 
@@ -321,6 +342,18 @@ def elpv_folder(root: Path | str) -> Path:
             "elpv: the package elpv-dataset is not installed; pip install 'allgood[demo]'"
         )
     return Path(found.submodule_search_locations[0]) / "data"
+
+
+def is_elpv_folder(folder: Path) -> bool:
+    """Whether a folder has images/ and a labels.csv that begins as ELPV's does."""
+    if not (folder / "images").is_dir():
+        return False
+    try:
+        with open(folder / "labels.csv", encoding="utf-8") as file:
+            _elpv_row(file.readline(), 0, folder)
+    except (OSError, ValueError):  # none, not text, or another table
+        return False
+    return True
 
 
 def _elpv_row(line: str, row: int, folder: Path) -> tuple[str, float, str]:

@@ -6,9 +6,12 @@ defect, group, mask_rule. All others are kept as `Sample.meta`. JSON may be a li
 """
 
 import csv
+import difflib
 import io
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,25 +45,36 @@ def read_manifest(
 
     Without a label a row is good, unless its defect or its mask says otherwise; but where the
     column stands and a row outside train leaves it empty, nothing is guessed. Without `split` good
-    rows are split by `splits.in_holdout` and defective ones are for testing. Without `category`
-    there is one, named after the file. Masks: several are joined by `|`, or a list in JSON.
+    rows are split by `splits.in_holdout` and defective ones are for testing; but pictures of one
+    category's group go together, where any of them is decided. Without `category` there is one,
+    named after the file. Masks: several are joined by `|`, or a list in JSON.
 
     Args:
         base: folder that paths are relative to; default: the manifest's own, or there the folder
             of the row's category.
 
     Raises:
-        InputError: unreadable, no image column, a value with no meaning, a defective row in train,
-            a picture or mask that does not exist. The row is named.
+        InputError: unreadable, no image column, a column whose name is nearly one of ours, a value
+            with no meaning, a defective row in train, a group in train and in test, a picture or
+            mask that does not exist. The row is named.
     """
     path = Path(path)
     folder = path.parent if base is None else Path(base)
     samples: list[Sample] = []
     missing: list[str] = []
+    side_of: dict[tuple[str, str], Literal["train", "test"]] = {}
+    """Category and group -> where one of its pictures stands, whatever the seed."""
     for number, row in enumerate(_rows(path), start=1):
         place = f"{shown(path)}: entry {number}"
         sample = _sample(row, place, path.stem, folder, train_share=train_share, seed=seed)
         samples.append(sample)
+        if sample.group and (row.get("split") or not sample.is_good):
+            side = side_of.setdefault((sample.category, sample.group), sample.split)
+            if side != sample.split:
+                raise InputError(
+                    f"{place} stands in {sample.split}, but another picture of its group "
+                    f"'{sample.group}' in {side}; give all pictures of one part the same split"
+                )
         missing += [shown(f) for f in (sample.path, *sample.mask_paths) if not f.is_file()]
     if missing:
         raise InputError(
@@ -69,7 +83,7 @@ def read_manifest(
         )
     if not samples:
         raise InputError(f"{shown(path)}: names no picture; add one row per picture")
-    return samples
+    return [replace(s, split=side_of.get((s.category, s.group), s.split)) for s in samples]
 
 
 # -- one row -------------------------------------------------------------------------------------
@@ -123,6 +137,11 @@ def _is_good(row: Row, place: str) -> bool:
             return False
         if "label" in row and not defect and _split(row, place) != "train":
             raise InputError(f"{place} has an empty label; use 0 or good, 1 or bad")
+        category = row.get("category", "")
+        if "label" not in row and category.casefold() in GOOD_NAMES | BAD_NAMES:
+            raise InputError(
+                f"{place} has the category '{category}' and no label; call the column 'label'"
+            )
         return True
     if label in GOOD_NAMES or label == "false":
         return True
@@ -254,8 +273,26 @@ def _our_words(entry: Mapping[str, Any], path: Path) -> Row:
             f"{shown(path)}: has no column 'image' but {listed(map(str, entry)) or 'none'}; "
             "call the column with the pictures' paths 'image'"
         )
+    lacking = tuple(word for word in COLUMNS if word not in row)
+    for key in texts:
+        alias = _near_alias(key, lacking)
+        if alias is not None:
+            raise InputError(
+                f"{shown(path)}: has a column '{shown(key)}', which is not known; "
+                f"did you mean '{alias}'? rename it so, or clearly otherwise"
+            )
     # A second alias, as `label_name` beside `defect`, stays under its own name.
     return row | {key: value for key, value in texts.items() if key not in COLUMNS}
+
+
+@lru_cache  # asked for every row, and mostly the same
+def _near_alias(key: str, words: tuple[str, ...]) -> str | None:
+    """The name of a column for one of our words that a name is nearly; or None.
+
+    Passed over, a column `labels` would leave every row good.
+    """
+    aliases = [alias for word in words for alias in COLUMNS[word]]
+    return next(iter(difflib.get_close_matches(key, aliases, n=1, cutoff=0.8)), None)
 
 
 def _text(value: Any) -> str:

@@ -9,20 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allgood.data.files import (
-    BAD_NAMES,
+    MASK_FOLDERS,
     child_named,
     did_you_mean,
     folders_in,
     good_child,
     has_pictures,
     listed,
+    pictures_below,
     pictures_in,
+    sounds_bad,
+    sounds_good,
+    without_mask_ending,
 )
 from allgood.data.images import shown
 from allgood.data.layouts import (
     aebad_folder,
     elpv_folder,
-    is_good_and_bad_category,
+    is_elpv_folder,
+    is_good_and_bad,
     is_goodsad,
     is_mvtec_category,
     read_aebad,
@@ -209,6 +214,8 @@ def read_data(
         if not found:
             raise InputError(f"{shown(root)}: holds no picture; name a folder that does")
         _refuse_twice(found, shown(root))
+        if name != "manifest":
+            _refuse_masks(found)
         for category in sorted({sample.category for sample in found}):
             if category in owner:
                 raise InputError(
@@ -252,7 +259,7 @@ def detect_layout(root: str | Path) -> str:
     children = folders_in(folder)
     if is_mvtec_category(folder) or any(map(is_mvtec_category, children)):
         return "mvtec"
-    if is_good_and_bad_category(folder) or any(map(is_good_and_bad_category, children)):
+    if is_good_and_bad(folder):
         return "good_and_bad"
     return _good_folder_or_error(folder, children)
 
@@ -267,11 +274,16 @@ def _good_folder_or_error(folder: Path, children: Sequence[Path]) -> str:
             f"{shown(folder)}: holds {len(loose)} pictures beside folders with pictures "
             f"({listed(names)}), so what they show is unclear; {remedy}"
         )
-    suspects = [name for name in names if name.casefold() in BAD_NAMES | {"train", "test"}]
+    suspects = _suspects(folder)
     if suspects:
         raise InputError(
-            f"{shown(folder)}: holds {listed(names)}, of which {listed(suspects)} would be taken "
-            f"for good, as no folder is called good; rename one to good, or {remedy}"
+            f"{shown(folder)}: {listed(suspects)} would be taken for good; call the folder of good "
+            f"pictures 'good', or {remedy}"
+        )
+    if (folder / "labels.csv").is_file():
+        raise InputError(
+            f"{shown(folder)}: holds labels.csv, which may say that some pictures are not good; "
+            "name that file instead of the folder, or force --layout good_folder"
         )
     if not loose and not filled:
         seen = listed(child.name for child in children) or "no folders"
@@ -282,10 +294,30 @@ def _good_folder_or_error(folder: Path, children: Sequence[Path]) -> str:
     return "good_folder"
 
 
+def _suspects(folder: Path) -> list[str]:
+    """Folders of pictures, at any depth, whose own or neighbour's name says: these are not good."""
+    beside: dict[Path, set[str]] = {}
+    for parent in {path.parent for path in pictures_below(folder)}:
+        parts = parent.relative_to(folder).parts
+        for depth, name in enumerate(parts):
+            beside.setdefault(Path(*parts[:depth]), set()).add(name)
+    suspects = []
+    for place, names in beside.items():
+        others_are_good = any(map(sounds_good, names))
+        suspects += [
+            (place / name).as_posix()
+            for name in names
+            if sounds_bad(name)
+            or name.casefold() in ("train", "test", *MASK_FOLDERS)
+            or (others_are_good and not sounds_good(name))
+        ]
+    return sorted(suspects)
+
+
 def _is_elpv(root: str | Path) -> bool:
     if str(root) == "elpv" and not Path(root).is_dir():
         return True
-    return (Path(root) / "labels.csv").is_file() and (Path(root) / "images").is_dir()
+    return is_elpv_folder(Path(root))
 
 
 def _require_exists(root: str | Path) -> None:
@@ -315,6 +347,18 @@ def _refuse_twice(samples: Sequence[Sample], root: str) -> None:
             f"{root}: names {shown(twice[0])} more than once ({len(twice)} such pictures); "
             "keep one entry per picture"
         )
+
+
+def _refuse_masks(samples: Sequence[Sample]) -> None:
+    """A mask beside its picture, in the same folder, would be taken for a picture itself."""
+    pictures = {sample.path.with_suffix("") for sample in samples}
+    for sample in samples:
+        stem = without_mask_ending(sample.path.stem)
+        if stem != sample.path.stem and sample.path.with_name(stem) in pictures:
+            raise InputError(
+                f"{shown(sample.path)}: looks like the mask of '{shown(stem)}' beside it; move "
+                "masks to ground_truth, one folder per defect, or write a manifest"
+            )
 
 
 def _kind(sample: Sample) -> str:

@@ -98,8 +98,11 @@ class Transform:
     def mask_to_input(self, mask: np.ndarray) -> Tensor:
         """(H, W) bool -> (h, w) bool, nearest, through the same geometry as the picture.
 
-        A region smaller than a pixel of the input can vanish; the label does not rest on it.
+        A region smaller than a pixel of the input can vanish; the label does not rest on it. With
+        an `angle`, pixels that a region covers in part are True, too.
         """
+        if self.angle:
+            return self.resize(255 * mask[..., None].astype(np.uint8))[0] > 0
         to = self._geometry(*mask.shape)
         x = torch.from_numpy(np.ascontiguousarray(mask)).to(torch.uint8)[None, None]
         if x.shape[-2:] != to.resized:
@@ -121,6 +124,28 @@ class Transform:
             right = to.resized[1] - to.left - to.width
             x = F.pad(x, (to.left, right, to.top, bottom), mode="replicate")
         return _resize_map(x, size).reshape(*map.shape[:-2], *size)
+
+    def map_beside_mask(
+        self, map: Tensor, size: tuple[int, int], mask_size: tuple[int, int]
+    ) -> Tensor:
+        """(..., h', w') map over the input -> (..., *mask_size) over the whole picture, bilinear.
+
+        For a comparison with the picture's mask, pixel by pixel. What `center_crop` cut off is
+        -inf: nobody has looked there, so nothing there is found, nor raises an alarm.
+
+        Args:
+            size: (H, W) of the picture.
+            mask_size: of its mask, which shows the whole picture.
+        """
+        x = map.reshape(-1, 1, *map.shape[-2:]).float()
+        if self.center_crop is None:
+            return _resize_map(x, mask_size).reshape(*map.shape[:-2], *mask_size)
+        to = self._geometry(*size)
+        top, bottom = _stretch(to.top, to.top + to.height, to.resized[0], mask_size[0])
+        left, right = _stretch(to.left, to.left + to.width, to.resized[1], mask_size[1])
+        whole = x.new_full((len(x), 1, *mask_size), -math.inf)
+        whole[..., top:bottom, left:right] = _resize_map(x, (bottom - top, right - left))
+        return whole.reshape(*map.shape[:-2], *mask_size)
 
     def box_to_original(self, box: Box, size: tuple[int, int]) -> Box:
         """A box in input pixels -> the smallest box in (H, W) pixels that covers it.
@@ -186,7 +211,7 @@ def unit_range(image: np.ndarray) -> Tensor:
 
 
 def _rotate(x: Tensor, angle: float) -> Tensor:
-    """(1, 3, H, W) uint8 turned about (W/2, H/2), bilinear, mirrored at the borders
+    """(1, C, H, W) uint8 turned about (W/2, H/2), bilinear, mirrored at the borders
     (reflect-101)."""
     height, width = x.shape[-2:]
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
