@@ -131,7 +131,20 @@ class Calibration:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Calibration":
+        """What `to_json` gave.
+
+        Raises:
+            KeyError, TypeError, AttributeError, ValueError: anything else.
+        """
         categories = data["categories"]
+        for name, entry in categories.items():
+            scores, maxima = entry["image_scores"], entry["map_maxima"]
+            if len(scores) != len(maxima):
+                raise ValueError(f"'{name}' has {len(scores)} scores but {len(maxima)} maxima")
+            if not all(math.isfinite(number) for number in (*scores, *maxima)):
+                raise ValueError(f"'{name}' has a score that is not finite")
+            if not all(isinstance(digest, str) for digest in entry["pictures"]):
+                raise TypeError(f"'{name}' has a picture whose digest is no text")
         return cls(
             data["max_false_alarm"],
             {name: entry["image_scores"] for name, entry in categories.items()},

@@ -260,11 +260,11 @@ def _listing(what: str) -> dict[str, str]:
 def _json_line(record: dict[str, Any]) -> str:
     """JSON with letters as they are, as far as stdout can carry them; bytes of a file name that are
     no UTF-8 become escapes, from which a reader gets the very same path."""
-    line = json.dumps(record, ensure_ascii=False)
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False)
     try:
         line.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        return json.dumps(record)
+        return json.dumps(record, allow_nan=False)
     return line
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from allgood.metrics import Metric
 
 GALLERY_PER_KIND = 3
-"""Pictures shown per category and kind: found, missed, false alarm."""
+"""At most so many pictures are shown per category and kind: found, missed, false alarm."""
+GALLERY_SIZE = 60
+"""And so many in all: beyond them the page would grow, and its pictures be too small to tell."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,22 @@ def evaluate(
         the numbers; `print` shows them as a table.
 
     Raises:
-        InputError: no test pictures, a category never learned.
+        InputError: no test pictures, a category never learned, `out` cannot be written.
     """
     started = time.monotonic()
     arguments = dict(locals())
     from allgood.evaluation.protocol import protocol
-    from allgood.evaluation.report import write_report
+    from allgood.evaluation.report import render_report
     from allgood.inference import Inspector, require_at_least
     from allgood.progress import say
-    from allgood.runs import METRICS, REPORT, command_line, write_json
+    from allgood.runs import (
+        METRICS,
+        REPORT,
+        command_line,
+        require_writable,
+        write_bytes,
+        write_json,
+    )
 
     require_at_least(1, batch_size=batch_size)
     require_at_least(0, pixel_size=pixel_size)
@@ -94,6 +104,7 @@ def evaluate(
         raise InputError(f"'{out}' is a file: name a folder with --out")
     inspector = Inspector(run, device=device)
     samples, num_seen = _test_samples(inspector, data, layout)
+    require_writable(out, [METRICS, REPORT])
     judged = _judge(
         inspector,
         samples,
@@ -113,15 +124,15 @@ def evaluate(
             infer_category=infer_category,
             num_seen=num_seen,
         ),
-        gallery=_gallery(inspector, judged, infer_category),
         command=command_line(evaluate, arguments),
         samples=samples,
     )
-    content = replace(content, wall_seconds=time.monotonic() - started)
     numbers = _numbers(content, pixel_size)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / METRICS, numbers)
-    write_report(out / REPORT, content)
+    gallery = _gallery(inspector, judged, infer_category)
+    content = replace(content, gallery=gallery, wall_seconds=time.monotonic() - started)
+    # A file name that is no valid unicode holds lone surrogates, which UTF-8 cannot encode.
+    write_bytes(out / REPORT, render_report(content).encode("utf-8", errors="replace"))
     for failure in judged.failures:
         say(f"left out: {failure.reason}")
     return Evaluation(numbers, content, out / METRICS, out / REPORT)
@@ -130,8 +141,11 @@ def evaluate(
 def _test_samples(
     inspector: Inspector, data: Sequence[str | Path] | str | Path, layout: str | None
 ) -> tuple[list[Sample], int]:
-    """The test pictures that the run has not seen, and the number of those that it has."""
-    from allgood.data.fingerprint import digests
+    """The test pictures that the run has not seen, and the number of those that it has.
+
+    An anomaly that `allgood synthesize` drew into a picture is seen if the picture is.
+    """
+    from allgood.data.fingerprint import digests, source_digests
     from allgood.data.readers import read_data
     from allgood.runs import PROVENANCE, read_json
 
@@ -147,14 +161,18 @@ def _test_samples(
     known = set(read_json(inspector.run / PROVENANCE)["fitted_on"])
     if inspector.calibration is not None:
         known.update(*inspector.calibration.pictures.values())
-    digest = digests(dataset.test)
-    samples = [sample for sample in dataset.test if digest.get(sample.path) not in known]
+    digest, source = digests(dataset.test), source_digests(roots)
+    samples = [
+        sample
+        for sample in dataset.test
+        if known.isdisjoint((digest.get(sample.path), source.get(os.path.abspath(sample.path))))
+    ]
     num_seen = len(dataset.test) - len(samples)
     if not samples:
-        raise InputError(
-            f"{', '.join(map(str, roots))}: no test pictures"
-            + (f"; all {num_seen} were seen in fitting or calibration" if num_seen else "")
-        )
+        seen = f"; all {num_seen} were seen in fitting or calibration" if num_seen else ""
+        if num_seen and source:
+            seen += ", or drawn into pictures that were: synthesize first, then fit on its output"
+        raise InputError(f"{', '.join(map(str, roots))}: no test pictures{seen}")
     return samples, num_seen
 
 
@@ -163,11 +181,10 @@ def _content(
     judged: Judged,
     *,
     protocol: list[str],
-    gallery: list[GalleryItem],
     command: str,
     samples: Sequence[Sample],
 ) -> ReportContent:
-    """Everything that the report shows."""
+    """Everything that the report shows, but for the gallery."""
     from allgood.data.fingerprint import fingerprint
     from allgood.evaluation.content import ReportContent, UnreadablePicture
     from allgood.runs import PROVENANCE, read_json
@@ -184,10 +201,9 @@ def _content(
         num_training=config["data"]["fitted_pictures"],
         categories=results,
         mean=_mean(judged, results),
-        pooled=_category_result(judged, None, inspector),
+        pooled=_pooled_result(judged, inspector),
         parts=_parts(inspector, judged),
         protocol=protocol,
-        gallery=gallery,
         unreadable=[UnreadablePicture(str(f.path), f.reason) for f in judged.failures],
         commands=[provenance["command"], command],
         versions={"allgood": provenance["allgood"], **provenance["packages"]},
@@ -231,6 +247,7 @@ def _judge(
     from allgood.evaluation.judged import Judged, row_of
     from allgood.progress import bar
 
+    samples = sorted(samples, key=row_of)
     parts = "filter" in inspector.config
     judged = Judged(samples, exact, pixel_size, num_maps=3 if parts else 1)
     with bar("judging pictures never seen", len(samples)) as progress:
@@ -242,8 +259,9 @@ def _judge(
             known_category=not infer_category,
             parts=parts,
         ):
-            judged.add(batch, prediction, pixel_size, inspector.categories)
+            judged.add(batch, prediction, inspector.categories)
             progress.at(len(judged.samples) + len(judged.failures))
+    judged.finish_row()
     if not judged.samples:
         raise InputError(
             f"none of the {len(samples)} test pictures could be read; {judged.failures[0].reason}"
@@ -272,43 +290,68 @@ def _mean(judged: Judged, results: Sequence[CategoryResult]) -> dict[str, Metric
     )
 
 
-def _category_result(judged: Judged, category: str | None, inspector: Inspector) -> CategoryResult:
-    """Of one category or domain, or of all pooled under one threshold (category None)."""
+def _category_result(judged: Judged, name: str, inspector: Inspector) -> CategoryResult:
+    """Of one row of the table: a category, or a domain of it."""
     import numpy as np
 
     from allgood.evaluation.content import CategoryResult, Curves
+    from allgood.evaluation.judged import BOTH
     from allgood.metrics import Metric, image_curves, image_metrics, mad
 
-    rows = judged.rows(category)
-    scores = np.array([judged.scores[i] for i in rows])
-    bad = np.array([not judged.samples[i].is_good for i in rows])
-    metrics: dict[str, Metric] = dict(image_metrics(scores, bad))
-    pixels = judged.pixels(category)
-    metrics |= pixels.result()
-    if category is None:
-        # UniAS defines DSC per class; over a mixture its threshold means nothing.
-        metrics = {name: one for name, one in metrics.items() if not name.startswith("dsc")}
+    rows = judged.rows(name)
+    scores, bad = judged.image_scores(rows)
+    metrics: dict[str, Metric] = image_metrics(scores, bad) | judged.pixel_metrics[BOTH][name]
     metrics["mad"] = mad(metrics)
-    if category in judged.aupro_per_image:
-        area = float(np.mean(judged.aupro_per_image[category]))
+    if name in judged.aupro_per_image:
+        area = float(np.mean(judged.aupro_per_image[name]))
         metrics["aupro_per_image"] = (
             Metric.undefined("a map with no threshold below the limit")
             if np.isnan(area)
             else Metric.exact(area)
         )
-    calibration = _calibration_scores(inspector, judged, category)
+    calibration = _calibration_scores(inspector, [judged.category_of[name]])
+    raised = [i for i in rows if _is_alarm(inspector, judged, i)]
     return CategoryResult(
-        name=category or "all categories",
+        name=name,
         good_scores=scores[~bad],
         defective_scores=scores[bad],
         metrics=metrics,
         calibration_scores=np.array(calibration),
-        alarms=_alarms(inspector, judged, rows, category, calibration),
-        curves=Curves.of(image_curves(scores, bad), pixels.curves()),
+        alarms=_alarms(inspector, judged, calibration, raised),
+        curves=Curves.of(image_curves(scores, bad), judged.pixel_curves[name]),
         num_with_masks=sum(judged.has_mask[i] for i in rows),
-        num_unreadable=(
-            len(judged.failures) if category is None else judged.unreadable.get(category, 0)
-        ),
+        num_unreadable=judged.unreadable.get(name, 0),
+    )
+
+
+def _pooled_result(judged: Judged, inspector: Inspector) -> CategoryResult:
+    """Of all pictures as if they were of one category: under one threshold."""
+    import numpy as np
+
+    from allgood.calibration import threshold
+    from allgood.evaluation.content import CategoryResult, Curves
+    from allgood.metrics import image_curves, image_metrics, mad
+
+    rows = range(len(judged.samples))
+    scores, bad = judged.image_scores(rows)
+    metrics: dict[str, Metric] = image_metrics(scores, bad) | judged.pooled.result()
+    metrics["mad"] = mad(metrics)
+    categories = sorted({sample.category for sample in judged.samples})
+    calibration = _calibration_scores(inspector, categories)
+    raised: list[int] = []
+    if inspector.calibration is not None and calibration:
+        limit = threshold(calibration, inspector.calibration.max_false_alarm)
+        raised = [i for i in rows if judged.scores[i] > limit]
+    return CategoryResult(
+        name="all categories",
+        good_scores=scores[~bad],
+        defective_scores=scores[bad],
+        metrics=metrics,
+        calibration_scores=np.array(calibration),
+        alarms=_alarms(inspector, judged, calibration, raised),
+        curves=Curves.of(image_curves(scores, bad), judged.pooled.curves()),
+        num_with_masks=sum(judged.has_mask),
+        num_unreadable=len(judged.failures),
     )
 
 
@@ -326,20 +369,15 @@ def _parts(inspector: Inspector, judged: Judged) -> Parts | None:
 
 
 def _part_result(judged: Judged, category: str, which: int) -> CategoryResult:
-    import numpy as np
-
     from allgood.evaluation.content import CategoryResult
     from allgood.metrics import image_metrics
 
-    rows = judged.rows(category)
-    scores = np.array([judged.map_scores[which][i] for i in rows])
-    bad = np.array([not judged.samples[i].is_good for i in rows])
-    pixels = judged.pixels(category, which)
+    scores, bad = judged.image_scores(judged.rows(category), which)
     return CategoryResult(
         name=category,
         good_scores=scores[~bad],
         defective_scores=scores[bad],
-        metrics=image_metrics(scores, bad) | pixels.result(),
+        metrics=image_metrics(scores, bad) | judged.pixel_metrics[which][category],
     )
 
 
@@ -349,37 +387,31 @@ def _num_calibration(inspector: Inspector) -> int | None:
     return None if calibration is None else sum(map(len, calibration.image_scores.values()))
 
 
-def _calibration_scores(inspector: Inspector, judged: Judged, row: str | None) -> list[float]:
-    """Scores of the calibration pictures; pooled, only if every category has some."""
+def _calibration_scores(inspector: Inspector, categories: Sequence[str]) -> list[float]:
+    """Scores of the calibration pictures, or none unless every category has some."""
     calibration = inspector.calibration
-    names = judged.names() if row is None else [row]
-    wanted = sorted({judged.category_of[name] for name in names})
-    if calibration is None or not all(calibration.knows(name) for name in wanted):
+    if calibration is None or not all(calibration.knows(name) for name in categories):
         return []
-    return [score for name in wanted for score in calibration.image_scores[name]]
+    return [score for name in categories for score in calibration.image_scores[name]]
 
 
 def _alarms(
-    inspector: Inspector,
-    judged: Judged,
-    rows: Sequence[int],
-    category: str | None,
-    calibration: list[float],
+    inspector: Inspector, judged: Judged, calibration: list[float], raised: Sequence[int]
 ) -> Alarms | None:
-    """Of one category, or of all pooled under one threshold (category None)."""
+    """What the pictures that raised an alarm amount to; None without calibration scores."""
     from allgood.calibration import threshold
     from allgood.evaluation.content import Alarms
 
     if inspector.calibration is None or not calibration:
         return None
     alpha = inspector.calibration.max_false_alarm
-    limit = threshold(calibration, alpha)
-    if category is None:
-        raised = [i for i in rows if judged.scores[i] > limit]
-    else:
-        raised = [i for i in rows if _is_alarm(inspector, judged, i)]
     num_false = sum(judged.samples[i].is_good for i in raised)
-    return Alarms(limit, alpha, num_found=len(raised) - num_false, num_false_alarms=num_false)
+    return Alarms(
+        threshold(calibration, alpha),
+        alpha,
+        num_found=len(raised) - num_false,
+        num_false_alarms=num_false,
+    )
 
 
 def _is_alarm(inspector: Inspector, judged: Judged, i: int) -> bool:
@@ -393,10 +425,13 @@ def _is_alarm(inspector: Inspector, judged: Judged, i: int) -> bool:
 
 
 def _gallery(inspector: Inspector, judged: Judged, infer_category: bool) -> list[GalleryItem]:
-    """The clearest finds, the worst misses and the worst false alarms of each category."""
+    """The clearest finds, the worst misses and the worst false alarms of each category.
+
+    Where there are too many, each category in turn gives one, its worst mistakes first.
+    """
     if inspector.calibration is None:
         return []
-    items = []
+    candidates = []  # (turn, picture, kind), by category
     for name in judged.names():
         if not inspector.calibration.knows(judged.category_of[name]):
             continue
@@ -407,10 +442,20 @@ def _gallery(inspector: Inspector, judged: Judged, infer_category: bool) -> list
         found = [i for i in bad if i in raised][::-1]
         missed = [i for i in bad if i not in raised]
         alarms = [i for i in good if i in raised][::-1]
-        for kind, chosen in (("found", found), ("missed", missed), ("false alarm", alarms)):
-            for i in chosen[:GALLERY_PER_KIND]:
-                items.append(_gallery_item(inspector, judged.samples[i], kind, infer_category))
-    return items
+        kinds = (("missed", missed), ("false alarm", alarms), ("found", found))
+        own = [
+            (chosen[place], kind)
+            for place in range(GALLERY_PER_KIND)
+            for kind, chosen in kinds
+            if place < len(chosen)
+        ]
+        candidates += [(turn, i, kind) for turn, (i, kind) in enumerate(own)]
+    chosen = sorted(candidates, key=lambda candidate: candidate[0])[:GALLERY_SIZE]
+    return [
+        _gallery_item(inspector, judged.samples[i], kind, infer_category)
+        for turn, i, kind in candidates
+        if (turn, i, kind) in chosen
+    ]
 
 
 def _gallery_item(
@@ -419,11 +464,12 @@ def _gallery_item(
     from allgood.data.images import read_mask, read_oriented_image
     from allgood.evaluation.content import GalleryItem
     from allgood.evaluation.judged import row_of
-    from allgood.evaluation.overlay import mask_outline
+    from allgood.evaluation.overlay import mask_outline, shrink, shrink_mask
 
     category = None if infer_category else sample.category
     inspection = next(iter(inspector.inspect([sample.path], category=category)))
     picture, orientation = read_oriented_image(sample.path)
+    small = shrink(picture)  # first of all: painting takes its time by the pixel
     outline = None
     if sample.mask_paths and not sample.is_good:
         mask = read_mask(
@@ -432,7 +478,7 @@ def _gallery_item(
             threshold=sample.mask_threshold,
             orientation=orientation,
         )
-        outline = mask_outline(picture, mask)
+        outline = mask_outline(small, shrink_mask(mask, (small.shape[0], small.shape[1])))
     assert inspection.image_score is not None
     return GalleryItem(
         kind=kind,
@@ -440,8 +486,8 @@ def _gallery_item(
         name=sample.id,
         defect=sample.defect,
         image_score=inspection.image_score,
-        picture=picture,
-        overlay=inspector.overlay(inspection, picture),
+        picture=small,
+        overlay=inspector.overlay(inspection, small),
         outline=outline,
         p_value=inspection.p_value,
     )

@@ -230,8 +230,8 @@ class Inspector:
 
         Args:
             failures: one entry is appended per picture that could not be read.
-            mask_size: of the masks in the batches, see `load_batches`; with `own`, maps come in
-                the pictures' own size too.
+            mask_size: of the masks in the batches, see `load_batches`; with `own` or a size, maps
+                come in that size and over the whole picture too, see `map_beside_mask`.
             known_category: judge each sample as its own category; otherwise infer it.
             parts: of a run with a CostFilter, what it is made of too, see `predict_parts` there.
         """
@@ -244,8 +244,20 @@ class Inspector:
                 if known_category
                 else None
             )
-            map_size = batch.original_size[0] if mask_size == "own" else None
-            yield batch, self.predict_batch(batch, category, map_size, parts=parts)
+            own_size = batch.original_size[0] if mask_size == "own" else None
+            # A detector's map shows what the crop left, so it cannot have the picture's own size.
+            map_size = own_size if self.transform.center_crop is None else None
+            prediction = self.predict_batch(batch, category, map_size, parts=parts)
+            size = own_size or mask_size
+            if isinstance(size, tuple):
+                maps = [
+                    self.transform.map_beside_mask(one, original_size, size)
+                    for one, original_size in zip(
+                        prediction.anomaly_map, batch.original_size, strict=True
+                    )
+                ]
+                prediction = replace(prediction, anomaly_map=torch.stack(maps))
+            yield batch, prediction
 
     @torch.inference_mode()
     def predict_batch(
@@ -259,6 +271,9 @@ class Inspector:
         """As `Detector.predict`, on our device and with the run's ignored regions.
 
         The answer is on the CPU.
+
+        Raises:
+            InputError: the scores or the map of a picture are not finite.
         """
         image = batch.image.to(self.device)
         ignore = None
@@ -283,11 +298,20 @@ class Inspector:
                 ignore=ignore,
                 map_size=map_size,
             )
-        return Prediction(
+        prediction = Prediction(
             prediction.anomaly_map.float().cpu(),
             prediction.image_score.float().cpu(),
             prediction.category.cpu(),
         )
+        for numbers in (prediction.image_score, prediction.anomaly_map):
+            finite = numbers.reshape(len(numbers), -1).isfinite().all(dim=1)
+            if not finite.all():
+                path = batch.sample[int(finite.int().argmin())].path
+                raise InputError(
+                    f"run '{self.run}' gives picture {shown(path)} a score that is not a finite "
+                    "number: its weights are damaged, fit it again"
+                )
+        return prediction
 
     def index_of(self, category: str) -> int:
         """Raises InputError where the category was never learned."""
@@ -300,17 +324,22 @@ class Inspector:
         return self.categories.index(category)
 
     @torch.inference_mode()
-    def query_features(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """What the detector compares of pictures whose category is known: L x (I, C, h, w).
+    def query_features(
+        self, samples: Sequence[Sample], *, batch_size: int = 8
+    ) -> Iterator[list[Tensor]]:
+        """What the detector compares of pictures whose category is known.
+
+        Yields:
+            L levels (B, C, h, w) of each batch, in order.
 
         Raises:
             InputError: a picture that cannot be read.
         """
-        drawing = [self.transform(read_image(sample.path)) for sample in samples]
-        category = torch.tensor([self.index_of(sample.category) for sample in samples])
-        image = torch.stack(drawing).to(self.device)
-        levels: list[Tensor] = self.detector.match(image, category.to(self.device)).query
-        return levels
+        for begin in range(0, len(samples), batch_size):
+            batch = samples[begin : begin + batch_size]
+            image = torch.stack([self.transform(read_image(sample.path)) for sample in batch])
+            category = torch.tensor([self.index_of(sample.category) for sample in batch])
+            yield self.detector.match(image.to(self.device), category.to(self.device)).query
 
     def _judge(self, batch: Batch, prediction: Prediction, i: int, *, inferred: bool) -> Inspection:
         category = self.categories[int(prediction.category[i])]
@@ -346,9 +375,11 @@ class Inspector:
         before calibration, at the map's median and its maximum.
 
         Args:
-            picture: (H, W, 3) uint8, what `read_image` gave for `inspection.path`.
+            picture: (H, W, 3) uint8, what `read_image` gave for `inspection.path`, or a smaller
+                copy of it.
         """
-        values = inspection.anomaly_map()
+        size = (picture.shape[0], picture.shape[1])
+        values = replace(inspection, original_size=size).anomaly_map()
         category = inspection.category
         if self.calibration is not None and category and self.calibration.knows(category):
             limit = self.calibration.map_threshold(category)
@@ -357,7 +388,9 @@ class Inspector:
             low, high = float(np.median(values)), float(values.max())
         if not low < high:  # a flat map
             high = low + 1
-        boxes = [region.box for region in inspection.regions]
+        boxes = [
+            _scaled(region.box, inspection.original_size, size) for region in inspection.regions
+        ]
         return heat_overlay(picture, values, low=low, high=high, boxes=boxes)
 
     def regions(
@@ -437,10 +470,24 @@ def require_at_least(least: float, **numbers: float | None) -> None:
             raise InputError(f"{name} must be at least {least:g}, got {number:g}")
 
 
+def _scaled(box: Box, size: tuple[int, int], new_size: tuple[int, int]) -> Box:
+    """A box in a picture of (H, W) pixels -> the smallest that covers it in a resized copy."""
+    (height, width), (new_height, new_width) = size, new_size
+    left, top, right, bottom = box
+    return (
+        left * new_width // width,
+        top * new_height // height,
+        -(-right * new_width // width),
+        -(-bottom * new_height // height),
+    )
+
+
 def _read_calibration(path: Path) -> Calibration | None:
     if not path.is_file():
         return None
+    remedy = "remove it and run `allgood calibrate`"
+    data = read_json(path, remedy=remedy)
     try:
-        return Calibration.from_json(read_json(path))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: calibrate the run again, or remove it") from error
+        return Calibration.from_json(data)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {remedy}") from error

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from allgood import __version__
@@ -63,19 +64,36 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def require_writable(folder: Path, names: Sequence[str]) -> None:
+    """Make a folder, and see that files of these names can be written there: long before they are.
+
+    Raises:
+        InputError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            f"folder '{folder}' cannot be written ({error.strerror}): make it writable, or name "
+            "another one"
+        ) from error
+    for name in names:
+        if (folder / name).is_dir():
+            raise InputError(f"'{folder / name}' is a folder: remove it, or name another one")
+
+
 def write_json(path: Path, data: Any) -> None:
     """As `write_bytes`; NaN is refused, as JSON has none."""
     write_bytes(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Raises InputError where the file is not JSON."""
+def read_json(path: Path, *, remedy: str = "fit the run again") -> Any:
+    """Raises InputError, which ends with the remedy, where the file is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read ({type(error).__name__}): fit the run again"
-        ) from error
+        raise InputError(f"{path} cannot be read ({type(error).__name__}): {remedy}") from error
 
 
 def write_weights(path: Path, state: Mapping[str, Any]) -> None:
@@ -97,9 +115,13 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 
 def ignore_file(run: Path, category: str) -> Path:
-    """Where the mask of a category lies; whatever a category is called, it is a file in ignore/."""
-    name = re.sub(r"^\.|[%/\\:\0]", lambda found: f"%{ord(found[0]):02X}", category)
-    return run / IGNORE / f"{name}.png"
+    """Where the mask of a category lies."""
+    return run / IGNORE / f"{file_name(category)}.png"
+
+
+def file_name(category: str) -> str:
+    """Whatever a category is called, a name that stays in the folder it is put into."""
+    return re.sub(r"^\.|[%/\\:\0]", lambda found: f"%{ord(found[0]):02X}", category)
 
 
 def finish(new: Path) -> None:

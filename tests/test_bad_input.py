@@ -12,6 +12,7 @@ from doors import TINY, Command, content, draw_tree, part
 from PIL import Image
 
 import allgood as library
+from allgood.inference import Inspector
 from allgood.types import InputError
 
 pytest_plugins = ["doors_fixtures"]
@@ -221,6 +222,32 @@ def test_evaluate(allgood: Command, run: Path, tree: Path, tmp_path: Path) -> No
     assert content(run) == before
 
 
+@pytest.mark.parametrize("what", ["below a file", "report.html is a folder"])
+def test_evaluate_knows_at_once_that_it_cannot_write(
+    allgood: Command,
+    run: Path,
+    tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    if what == "below a file":
+        (tmp_path / "file").write_text("mine")
+        out = tmp_path / "file" / "out"
+        expected = (
+            f"folder '{out}' cannot be written (Not a directory): make it writable, or name "
+            "another one"
+        )
+    else:
+        out = tmp_path / "out"
+        (out / "report.html").mkdir(parents=True)
+        expected = f"'{out / 'report.html'}' is a folder: remove it, or name another one"
+    monkeypatch.delattr(Inspector, "predict")  # nothing is judged for nothing
+    before = content(tmp_path)
+    assert allgood.refused("evaluate", run, tree, "--out", out) == expected
+    assert content(tmp_path) == before
+
+
 def test_calibrate(allgood: Command, run: Path, tree: Path) -> None:
     before = content(run)
     good = tree / "wood" / "test" / "good"
@@ -230,8 +257,8 @@ def test_calibrate(allgood: Command, run: Path, tree: Path) -> None:
         (["--batch-size", -3], "batch_size must be at least 1, got -3"),
         (
             [],
-            "category 'wood' has 6 good calibration pictures, but a false-alarm rate of 0.01 "
-            "needs 99: give more, or promise no less than 0.15",
+            "category 'wood' has 6 good calibration pictures, but a false-alarm rate of 0.05 "
+            "needs 19: give more, or promise no less than 0.15",
         ),
     ]:
         assert allgood.refused(*words, *options) == said

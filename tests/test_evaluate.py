@@ -1,7 +1,9 @@
 """`allgood evaluate`: its numbers against scikit-learn on the scores, and what it says of them."""
 
 import json
+import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,18 @@ import pytest
 import torch
 from data_trees import save
 from doors import SIZE, TINY, Command, content, draw_tree, part
+from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 import allgood as library
+from allgood import evaluating
 from allgood.calibration import threshold
+from allgood.data.transforms import Transform
+from allgood.evaluation import judged
+from allgood.inference import Inspector
+from allgood.metrics import PixelState
 from allgood.scoring import resize_map
+from allgood.types import Batch, Prediction
 
 pytest_plugins = ["doors_fixtures"]
 
@@ -134,6 +143,110 @@ def test_pixel_numbers_equal_scikit_learn(
     assert evaluation.metrics["pixel_size"] == (pixel_size or "own")
 
 
+# -- with a centre crop --------------------------------------------------------------------------
+
+CROP = 64
+CROP_OF = 96
+"""Side of the square that `CROP` is cut from: rows 12 to 60 of 72, columns 11 to 53 of 64."""
+
+
+@pytest.fixture(scope="module")
+def cropped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that sees the middle of each picture only."""
+    folder = tmp_path_factory.mktemp("cropped")
+    return library.fit(
+        draw_tree(folder / "data", ("wood",), train=4, good=1, bad=1),
+        out=folder / "run",
+        encoder="test_efficientnet",
+        weights="random",
+        image_size=CROP_OF,
+        crop=CROP,
+        calibration_share=0,
+    )
+
+
+def see_truth(monkeypatch: pytest.MonkeyPatch, truth: np.ndarray) -> None:
+    """Maps are the crop of the true mask from now on, with some noise where the part is good."""
+    noise = 0.5 * torch.rand(CROP, CROP, generator=torch.Generator().manual_seed(0))
+
+    def predict_batch(self: Inspector, batch: Batch, *_: Any, **__: Any) -> Prediction:
+        inside = self.transform.mask_to_input(truth).float()
+        maps = [noise if sample.is_good else noise.maximum(inside) for sample in batch.sample]
+        count = len(maps)
+        return Prediction(
+            torch.stack(maps)[:, None], torch.ones(count), torch.zeros(count, dtype=torch.int64)
+        )
+
+    monkeypatch.setattr(Inspector, "predict_batch", predict_batch)
+
+
+def picture_table(folder: Path, truth: np.ndarray) -> Path:
+    """Two good pictures and one with this mask, in a test domain."""
+    for i in range(3):
+        save(part("wood", 3000 + i), folder / f"{i}.png")
+    save(Image.fromarray(truth), folder / "mask.png")
+    table = folder / "test.csv"
+    rows = ["0.png,good,", "1.png,good,", "2.png,bad,mask.png"]
+    table.write_text(
+        "image,label,mask,split,category,domain\n"
+        + "".join(f"{row},test,wood,new\n" for row in rows)
+    )
+    return table
+
+
+@pytest.mark.parametrize("pixel_size", [CROP_OF, 40, 0])
+def test_map_lies_where_the_crop_was(
+    cropped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixel_size: int
+) -> None:
+    truth = np.zeros(SIZE, bool)
+    truth[18:36, 14:32] = True  # inside the crop, but not in its middle
+    see_truth(monkeypatch, truth)
+    table = picture_table(tmp_path, truth)
+    numbers = library.evaluate(cropped, table, out=tmp_path, pixel_size=pixel_size).metrics
+    row = numbers["categories"]["wood/new"]
+    for name in ("pixel_ap", "aupro", "dsc", "aupro_per_image"):
+        # 1 but for the mask's own edge, where sizes are no multiples of each other
+        assert row[name]["value"] == pytest.approx(1, abs=1e-6 if pixel_size == CROP_OF else 0.08)
+    assert any("sees the middle of each picture only" in said for said in numbers["protocol"])
+
+
+def test_outside_the_crop_nothing_is_found_and_nothing_is_alarmed(
+    cropped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect that reaches over the crop's edge: what lies outside comes last in the ranking."""
+    truth = np.zeros(SIZE, bool)
+    truth[24:48, 32:64] = True  # columns 48 to 96 of 96, of which the crop has those to 80
+    see_truth(monkeypatch, truth)
+    table = picture_table(tmp_path, truth)
+    numbers = library.evaluate(cropped, table, out=tmp_path, pixel_size=CROP_OF).metrics
+    found = 2 / 3
+    prevalence = (32 * 48) / (3 * CROP_OF**2)
+    row = numbers["categories"]["wood/new"]
+    assert row["pixel_ap"]["value"] == pytest.approx(found + (1 - found) * prevalence)
+    assert row["pixel_f1max"]["value"] == pytest.approx(2 * found / (1 + found))
+
+
+@pytest.mark.parametrize(
+    ("size", "top", "left"), [((96, 160), 8, 29), ((160, 96), 29, 8), ((50, 50), 8, 8)]
+)
+def test_crop_lies_where_the_shape_of_the_picture_puts_it(
+    size: tuple[int, int], top: int, left: int
+) -> None:
+    """With the aspect kept; all maps of a run with a CostFilter alike."""
+    transform = Transform(64, keep_aspect=True, center_crop=48)
+    maps = torch.rand(3, 48, 48)
+    mask_size = (48 + 2 * top, 48 + 2 * left)
+    whole = transform.map_beside_mask(maps, size, mask_size)
+    assert whole.shape == (3, *mask_size)
+    inside = (..., slice(top, top + 48), slice(left, left + 48))
+    assert torch.equal(whole[inside], maps)
+    whole[inside] = -torch.inf
+    assert (whole == -torch.inf).all()
+
+
+# -- alarms and rows -----------------------------------------------------------------------------
+
+
 def test_alarms_are_those_of_inspect(evaluated: Any, run: Path, tree: Path) -> None:
     evaluation, _ = evaluated
     inspector = library.Inspector(run)
@@ -158,6 +271,73 @@ def test_alarms_are_those_of_inspect(evaluated: Any, run: Path, tree: Path) -> N
     row = evaluation.metrics["alarms"]["pooled"]
     assert (row["threshold"], row["found"], row["false_alarms"]) == (limit, found, over)
     assert (row["defective"], row["good"]) == (10, 12)
+
+
+def test_pixels_of_one_row_are_in_memory_at_a_time(
+    run: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: Any
+) -> None:
+    """However many categories there are, and in whatever order the folders are given."""
+    alive: weakref.WeakValueDictionary[int, PixelState] = weakref.WeakValueDictionary()
+    most = 0
+
+    class Counted(PixelState):
+        def update(self, *arguments: Any, **options: Any) -> None:
+            nonlocal most
+            super().update(*arguments, **options)
+            alive[id(self)] = self
+            most = max(most, len(alive))
+
+    monkeypatch.setattr(judged, "PixelState", Counted)
+    numbers = library.evaluate(run, [tree / "wood", tree / "cloth"], out=tmp_path).metrics
+    assert most == 2  # a category's, and the pooled one
+    assert numbers["categories"] == evaluated[0].metrics["categories"]
+
+
+# -- the gallery ---------------------------------------------------------------------------------
+
+
+def test_gallery_holds_small_pictures(run: Path, tmp_path: Path) -> None:
+    """Painted small too: the line around a defect is as thin as on any small picture."""
+    data = draw_tree(tmp_path / "data", ("wood",), train=1, good=0, bad=1)
+    for name in ("test/hole/000.png", "ground_truth/hole/000_mask.png"):
+        path = data / "wood" / name
+        with Image.open(path) as picture:
+            save(picture.resize((1280, 1440), Image.Resampling.NEAREST), path)
+    (item,) = library.evaluate(run, data, out=tmp_path).content.gallery
+    assert item.outline is not None
+    small = (320, 284, 3)
+    assert item.picture.shape == item.overlay.shape == item.outline.shape == small
+    line = (item.outline == (0x00, 0xE5, 0xFF)).all(axis=2)
+    rows, columns = np.nonzero(line)
+    # DEFECT is (40, 16, 58, 34) of 64 x 72: times 284 / 64, with two pixels around it
+    assert np.abs(np.array([columns.min(), columns.max()]) - (175, 259)).max() <= 1
+    assert np.abs(np.array([rows.min(), rows.max()]) - (69, 152)).max() <= 1
+
+
+def test_gallery_is_spread_over_the_categories(
+    run: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery = library.evaluate(run, tree, out=tmp_path).content.gallery
+    assert [item.category for item in gallery].count("cloth") >= 3
+    monkeypatch.setattr(evaluating, "GALLERY_SIZE", 4)
+    few = library.evaluate(run, tree, out=tmp_path).content.gallery
+    assert [item.category for item in few] == ["cloth", "cloth", "wood", "wood"]
+    assert {item.name for item in few} < {item.name for item in gallery}
+
+
+def test_numbers_are_written_before_the_gallery_is_drawn(
+    run: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(evaluating, "_gallery", fail)
+    with pytest.raises(MemoryError):
+        library.evaluate(run, tree, out=tmp_path)
+    assert metrics_in(tmp_path)["categories"]["wood"]["image_auroc"]["value"] > 0.9
+
+
+# -- other data ----------------------------------------------------------------------------------
 
 
 def test_category_inferred(run: Path, tree: Path, tmp_path: Path, evaluated: Any) -> None:
@@ -272,6 +452,17 @@ def test_unreadable_pictures_are_counted(
     )
 
 
+def test_name_that_is_no_utf8(run: Path, tree: Path, tmp_path: Path) -> None:
+    """It stands in both files, as far as each can carry it."""
+    data = shutil.copytree(tree / "wood", tmp_path / "data" / "wood")
+    torn = os.fsencode(data / "test" / "hole") + b"/caf\xe9.png"
+    Path(os.fsdecode(torn)).write_bytes(b"torn")
+    library.evaluate(run, data, out=tmp_path)
+    ((path, _),) = metrics_in(tmp_path)["unreadable"]
+    assert os.fsencode(path) == torn
+    assert "caf?.png" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_report_says_how_to_reproduce(run: Path, tree: Path, evaluated: Any) -> None:
     """Shell commands, also where it all happened in Python."""
     evaluation, out = evaluated
@@ -311,3 +502,34 @@ def test_big_and_small_pictures_at_their_own_size(allgood: Command, tmp_path: Pa
     assert allgood("fit", data, "--out", tmp_path / "run", *TINY).code == 0
     assert allgood("evaluate", tmp_path / "run", data, "--pixel-size", 0).code == 0
     assert metrics_in(tmp_path / "run")["categories"]["wood"]["aupro"]["value"] is not None
+
+
+@pytest.mark.parametrize("image_size", [None, 48])
+def test_anomalies_drawn_into_seen_pictures_are_left_out(
+    allgood: Command, tmp_path: Path, image_size: int | None
+) -> None:
+    """What lies in OUT are new files, but of pictures that the run has learned."""
+    data = tmp_path / "wood"
+    for i in range(16):
+        save(part("wood", i), data / f"{i}.png")
+    out = library.synthesize([data], out=tmp_path / "s", count=2, image_size=image_size)
+    drawn = len(list(out.glob("wood/test/synthetic/*")))
+    assert allgood("fit", data, "--out", tmp_path / "late", *TINY).code == 0
+    said = allgood.refused("evaluate", tmp_path / "late", out)
+    assert said == (
+        f"{out}: no test pictures; all {drawn + drawn // 2} were seen in fitting or calibration, "
+        "or drawn into pictures that were: synthesize first, then fit on its output"
+    )
+    assert "no test pictures" in allgood.refused("evaluate", tmp_path / "late", out / "wood")
+    assert allgood("fit", out, "--out", tmp_path / "run", *TINY).code == 0
+    assert allgood("evaluate", tmp_path / "run", out).code == 0
+    assert not any("left out" in line for line in metrics_in(tmp_path / "run")["protocol"])
+
+
+def test_a_damaged_record_of_a_synthesis(
+    allgood: Command, run: Path, tree: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(tree, tmp_path / "recorded")
+    (data / "synthesis.json").write_text("[]")
+    said = allgood.refused("evaluate", run, data)
+    assert said.startswith(f"{data / 'synthesis.json'}: is no record of allgood synthesize; copy")

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from data_trees import save
-from doors import DEFECT, SIZE, TINY, Command, draw_tree, part
+from doors import DEFECT, SIZE, TINY, Command, content, draw_tree, part
 from PIL import Image
 
 import allgood as library
-from allgood.inference import Inspection
+from allgood.cli import _json_line
+from allgood.inference import Inspection, Region
+from allgood.runs import WEIGHTS, read_weights, write_weights
 
 pytest_plugins = ["doors_fixtures"]
 
@@ -193,6 +195,22 @@ def test_overlays_have_the_size_of_the_picture(
     assert change[1] > 3 * change[0]  # the hole glows, good wood hardly does
 
 
+def test_overlay_over_a_smaller_copy(inspector: library.Inspector) -> None:
+    """Boxes are those of the picture, in the copy's pixels."""
+    inspection = Inspection(
+        path=Path("a.png"),
+        category="wood",
+        regions=(Region((10, 20, 30, 41), 1.0),),
+        input_map=torch.zeros(64, 64),
+        original_size=(144, 128),
+        transform=inspector.transform,
+    )
+    painted = inspector.overlay(inspection, np.full((72, 64, 3), 100, np.uint8))
+    rows, columns = np.nonzero((painted == (0x00, 0xE5, 0xFF)).all(axis=2))
+    # (5, 10, 15, 21) with one pixel around it
+    assert (columns.min(), rows.min(), columns.max(), rows.max()) == (4, 9, 15, 21)
+
+
 def test_overlay_names_do_not_clash(allgood: Command, run: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "in"
     for name in ("a.png", "a.jpg", "b/a.png", "c/a.png"):
@@ -338,6 +356,31 @@ def test_before_calibration_there_is_no_verdict(allgood: Command, tmp_path: Path
     assert record["image_score"] > 0
     assert record["category_inferred"] is False  # there is but one
     assert (tmp_path / "heat" / "000.png").is_file()
+
+
+def test_scores_that_are_no_numbers_are_refused(
+    allgood: Command, run: Path, tree: Path, tmp_path: Path
+) -> None:
+    """Wherever they would be used: as a verdict, in a metric, as a threshold."""
+    broken = shutil.copytree(run, tmp_path / "run")
+    weights = read_weights(broken / WEIGHTS)
+    weights["bank"] = weights["bank"] * torch.nan
+    write_weights(broken / WEIGHTS, weights)
+    before = content(broken)
+    good = tree / "wood" / "test" / "good"
+    for command, pictures in [
+        ("inspect", [good]),
+        ("evaluate", [tree / "wood"]),
+        ("calibrate", [good, "--category", "wood", "--max-false-alarm", 0.3]),
+    ]:
+        said = allgood.refused(command, broken, *pictures)
+        assert said.startswith(f"run '{broken}' gives picture {tree / 'wood' / 'test'}")
+        assert said.endswith(
+            "a score that is not a finite number: its weights are damaged, fit it again"
+        )
+    assert content(broken) == before
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        _json_line({"image_score": float("nan")})
 
 
 def test_no_map_of_an_unreadable_picture() -> None:

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from allgood.evaluation.overlay import heat_overlay, line_width, mask_outline, shrink
+from allgood.evaluation.overlay import heat_overlay, line_width, mask_outline, shrink, shrink_mask
 
 CYAN = (0x00, 0xE5, 0xFF)
 
@@ -115,6 +115,13 @@ def test_shrink_keeps_small_pictures() -> None:
     assert shrink(grey(100, 640)).shape == (50, 320, 3)
     assert shrink(grey(1, 1)).shape == (1, 1, 3)
     assert shrink(grey(1, 5000)).shape == (1, 320, 3)
+
+
+def test_shrunk_mask_keeps_every_defect() -> None:
+    mask = np.zeros((3000, 4000), bool)
+    mask[1234, 2345] = True
+    assert np.argwhere(shrink_mask(mask, (30, 40))).tolist() == [[12, 23]]
+    assert (shrink_mask(mask, (3000, 4000)) == mask).all()
 
 
 def test_wrong_input_says_what_to_do() -> None:

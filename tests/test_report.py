@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from allgood.evaluation.content import (
     UnreadablePicture,
 )
 from allgood.evaluation.metric_rows import metric_table, parts_table
-from allgood.evaluation.report import embedded_picture, render_report, write_report
+from allgood.evaluation.report import embedded_picture, render_report
 from allgood.evaluation.table import table
 from allgood.metrics import Metric, image_curves, image_metrics, mad, mean_over_categories
 
@@ -192,23 +191,6 @@ def test_page_is_complete_and_asks_for_nothing(content: ReportContent) -> None:
     assert page.tags["script"] == bool(content.gallery)
     for result in content.categories:
         assert result.name in "".join(page.texts)
-
-
-def test_written_whole_and_without_leftovers(tmp_path: Path) -> None:
-    target = tmp_path / "report.html"
-    target.write_text("old")
-    write_report(target, CONTENTS["hostile names"])
-    assert target.read_text(encoding="utf-8").rstrip().endswith("</html>")
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_failure_leaves_the_old_report(tmp_path: Path) -> None:
-    target = tmp_path / "report.html"
-    target.write_text("old")
-    broken = dataclasses.replace(report(), wall_seconds="long")  # type: ignore[arg-type]
-    with pytest.raises(TypeError):
-        write_report(target, broken)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_page_with_thirty_noisy_items_is_small() -> None:

@@ -26,6 +26,7 @@ from allgood.runs import (
     read_config,
     read_json,
     read_weights,
+    require_writable,
     write_bytes,
     write_json,
     write_weights,
@@ -33,6 +34,20 @@ from allgood.runs import (
 from allgood.types import InputError
 
 pytest_plugins = ["doors_fixtures"]
+
+# -- folders -------------------------------------------------------------------------------------
+
+
+def test_folder_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    require_writable(tmp_path, ["a", "b"])
+    require_writable(tmp_path / "new" / "folder", ["a"])
+    assert content(tmp_path) == {"a": b"mine"}
+    with pytest.raises(
+        InputError, match=r"cannot be written \(Not a directory\): make it writable"
+    ):
+        require_writable(tmp_path / "a" / "below", [])
+
 
 # -- files ---------------------------------------------------------------------------------------
 
@@ -113,6 +128,16 @@ def test_run_of_another_version(run: Path, tmp_path: Path) -> None:
     assert "has format None" in refusal(mine)
 
 
+NAN = float("nan")
+CALIBRATE_AGAIN = "remove it and run `allgood calibrate`"
+
+
+def scores(image_scores: Any, map_maxima: Any) -> bytes:
+    """A calibration.json with these entries of one category."""
+    entry = {"image_scores": image_scores, "map_maxima": map_maxima, "pictures": []}
+    return json.dumps({"max_false_alarm": 0.5, "categories": {"wood": entry}}).encode()
+
+
 @pytest.mark.parametrize(
     ("file", "data", "said"),
     [
@@ -120,8 +145,17 @@ def test_run_of_another_version(run: Path, tmp_path: Path) -> None:
         (CONFIG, b'{"format": 1}', "config.json is damaged (KeyError: 'categories'): fit the run"),
         (WEIGHTS, b"", "weights.safetensors is missing or damaged: fit the run again"),
         (WEIGHTS, None, "weights.safetensors is missing or damaged: fit the run again"),
-        (CALIBRATION, b"[1]", "calibration.json is damaged: calibrate the run again, or remove"),
-        (CALIBRATION, b"{", "calibration.json cannot be read"),
+        (CALIBRATION, b"[1]", f"calibration.json is damaged: {CALIBRATE_AGAIN}"),
+        (
+            CALIBRATION,
+            b"{",
+            f"calibration.json cannot be read (JSONDecodeError): {CALIBRATE_AGAIN}",
+        ),
+        (CALIBRATION, scores([1, "2"], [1, 2]), f"calibration.json is damaged: {CALIBRATE_AGAIN}"),
+        (CALIBRATION, scores("12", [1, 2]), f"calibration.json is damaged: {CALIBRATE_AGAIN}"),
+        (CALIBRATION, scores([1, 2], [1]), f"calibration.json is damaged: {CALIBRATE_AGAIN}"),
+        (CALIBRATION, scores([1, 2], [1, NAN]), f"calibration.json is damaged: {CALIBRATE_AGAIN}"),
+        (CALIBRATION, scores([], []), f"calibration.json is damaged: {CALIBRATE_AGAIN}"),
     ],
 )
 def test_damaged_run(run: Path, tmp_path: Path, file: str, data: bytes | None, said: str) -> None:

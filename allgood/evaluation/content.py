@@ -126,7 +126,8 @@ class Parts:
 class GalleryItem:
     """One test picture worth a look.
 
-    The report shrinks the pictures to 320 pixels; `overlay.shrink` does so earlier, to save memory.
+    The report shrinks larger pictures to 320 pixels; `overlay.shrink` does so early, before many of
+    them fill the memory.
     """
 
     kind: Literal["found", "missed", "false alarm"]

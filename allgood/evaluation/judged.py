@@ -3,9 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from allgood.metrics import PixelState
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from allgood.metrics import Metric, PixelState
+from allgood.metrics.ranking import Floats
 from allgood.metrics.reference import aupro_200_per_image
-from allgood.scoring import resize_map
 from allgood.types import Batch, Failure, Prediction, Sample
 
 EXACT_PIXELS = 1 << 26
@@ -23,7 +27,10 @@ def row_of(sample: Sample) -> str:
 
 
 class Judged:
-    """Scores of all test pictures, and the pixel states of their rows, map by map."""
+    """Scores of all test pictures, and the pixel metrics of their rows, map by map.
+
+    The pictures come row by row. So the pixels of only one row, and those pooled, are in memory.
+    """
 
     def __init__(
         self, samples: Sequence[Sample], exact: bool, pixel_size: int, num_maps: int
@@ -40,10 +47,16 @@ class Judged:
         self.map_scores: list[list[float]] = [[] for _ in range(num_maps)]
         self.judged_as: list[str] = []
         self.has_mask: list[bool] = []
-        self.map_pixels: list[dict[str, PixelState]] = [{} for _ in range(num_maps)]
+        self.pixel_metrics: list[dict[str, dict[str, Metric]]] = [{} for _ in range(num_maps)]
+        """Of each map, by row."""
+        self.pixel_curves: dict[str, dict[str, Floats]] = {}
+        """Of the first map, by row."""
         self.aupro_per_image: dict[str, list[float]] = {}
         self.failures: list[Failure] = []
         self.unreadable: dict[str, int] = {}
+        self._row = ""
+        self._pixels: list[PixelState] = []
+        """Of the row whose pictures are coming, map by map."""
 
     @property
     def scores(self) -> list[float]:
@@ -53,28 +66,27 @@ class Judged:
         """Of the rows: categories, or their domains."""
         return sorted({row_of(sample) for sample in self.samples})
 
-    def rows(self, name: str | None) -> list[int]:
-        """The pictures of a row; of all rows where none is named."""
-        return [
-            i for i, sample in enumerate(self.samples) if name is None or row_of(sample) == name
-        ]
+    def rows(self, name: str) -> list[int]:
+        """The pictures of a row of the table."""
+        return [i for i, sample in enumerate(self.samples) if row_of(sample) == name]
 
-    def pixels(self, name: str | None, which: int = BOTH) -> PixelState:
-        """The pixels of a row; of all rows where none is named, of the first map only."""
-        return self.pooled if name is None else self.map_pixels[which].get(name, PixelState())
+    def image_scores(
+        self, pictures: Sequence[int], which: int = BOTH
+    ) -> tuple[Floats, NDArray[np.bool_]]:
+        """Scores of some pictures by one of the maps, and which of the pictures are defective."""
+        scores = np.array([self.map_scores[which][i] for i in pictures])
+        return scores, np.array([not self.samples[i].is_good for i in pictures])
 
-    def add(
-        self,
-        batch: Batch,
-        prediction: Prediction,
-        pixel_size: int,
-        categories: Sequence[str],
-    ) -> None:
+    def add(self, batch: Batch, prediction: Prediction, categories: Sequence[str]) -> None:
+        """Take in a batch whose maps lie beside its masks, pixel by pixel."""
         maps = prediction.anomaly_map  # (B, maps, H, W)
         scores = prediction.image_score.view(len(maps), self.num_maps)
-        if pixel_size:
-            maps = resize_map(maps, (pixel_size, pixel_size))
         for i, sample in enumerate(batch.sample):
+            name = row_of(sample)
+            if name != self._row:
+                self.finish_row()
+                self._row = name
+                self._pixels = [PixelState(exact=self.exact[name]) for _ in range(self.num_maps)]
             self.samples.append(sample)
             self.judged_as.append(categories[int(prediction.category[i])])
             self.has_mask.append(bool(batch.has_mask[i]) and not sample.is_good)
@@ -82,13 +94,27 @@ class Judged:
                 self.map_scores[which].append(float(scores[i, which]))
             if not batch.has_mask[i] or batch.mask is None:
                 continue
-            name, mask = row_of(sample), batch.mask[i].numpy()
+            mask = batch.mask[i].numpy()
             ids = [f"{sample.category}/{sample.id}"]
             if "domain" in sample.meta and mask.any():
-                area = aupro_200_per_image(maps[i, :1].numpy(), mask)
+                area = aupro_200_per_image(_finite(maps[i, :1]).numpy(), mask)
                 self.aupro_per_image.setdefault(name, []).append(area)
-            for which, pixels in enumerate(self.map_pixels):
-                if name not in pixels:
-                    pixels[name] = PixelState(exact=self.exact[name])
-                pixels[name].update(maps[i, which : which + 1].numpy(), mask, ids)
+            for which, pixels in enumerate(self._pixels):
+                pixels.update(maps[i, which : which + 1].numpy(), mask, ids)
             self.pooled.update(maps[i, :1].numpy(), mask, ids)
+
+    def finish_row(self) -> None:
+        """Measure the row whose last picture has come, and let its pixels go."""
+        if not self._pixels:
+            return
+        assert self._row not in self.pixel_curves, "pictures must come row by row"
+        for metrics, pixels in zip(self.pixel_metrics, self._pixels, strict=True):
+            metrics[self._row] = pixels.result()
+        self.pixel_curves[self._row] = self._pixels[BOTH].curves()
+        self._pixels = []
+
+
+def _finite(anomaly_map: Tensor) -> Tensor:
+    """The map with its lowest finite score where nobody has looked (-inf): thresholds in equal
+    steps need an end."""
+    return anomaly_map.clamp(min=float(anomaly_map[anomaly_map.isfinite()].min()))

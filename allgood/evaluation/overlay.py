@@ -119,6 +119,12 @@ def shrink(picture: Picture, longest: int = 320) -> Picture:
     return np.asarray(image)
 
 
+def shrink_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The mask (H, W) at a smaller (height, width): what is defective in part is defective."""
+    share = Image.fromarray(mask.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
+    return np.asarray(share) > 0
+
+
 def line_width(image: Picture) -> int:
     """Pixels of a line that looks equally thick on every picture: 1/200 of the longer side."""
     return max(1, round(max(image.shape[:2]) / 200))

@@ -60,6 +60,11 @@ def protocol(
         "a false-positive rate of 0.3 over 8-connected regions, divided by 0.3; DSC at the "
         "threshold where precision + recall is largest (UniAS)."
     )
+    if config["transform"].get("center_crop") is not None:
+        sentences.append(
+            "The network sees the middle of each picture only, but the masks cover all of it: a "
+            "defect that lies outside counts as missed."
+        )
     sentences.append("Category numbers are averaged without weights.")
     parted = sorted({s.category for s in judged.samples if "domain" in s.meta})
     if parted:

@@ -1,6 +1,6 @@
 """The report of a test as one self-contained HTML page.
 
-`write_report` renders `report.html` beside this file. The page asks for nothing from elsewhere:
+`render_report` fills `report.html` beside this file. The page asks for nothing from elsewhere:
 pictures are embedded as JPEG, charts as SVG, and everything but the gallery's filter works without
 JavaScript. Every text is escaped, so names may hold anything.
 """
@@ -8,12 +8,10 @@ JavaScript. Every text is escaped, so names may hold anything.
 import base64
 import io
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -25,7 +23,7 @@ from allgood.evaluation.metric_rows import PART_NAMES, metric_table, parts_table
 from allgood.evaluation.overlay import shrink
 from allgood.evaluation.table import table
 
-__all__ = ["render_report", "table", "write_report"]
+__all__ = ["render_report", "table"]
 
 CurveRows = list[tuple[CategoryResult, list[Markup]]]
 
@@ -38,19 +36,6 @@ _GALLERY_HEADINGS = {
     "false alarm": "False alarms: good parts with an alarm",
     "found": "Found: defective parts with an alarm",
 }
-
-
-def write_report(path: str | os.PathLike[str], content: ReportContent) -> None:
-    """Write the page under a temporary name beside `path`, then rename it."""
-    target = Path(path)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    # A file name that is no valid unicode holds lone surrogates, which UTF-8 cannot encode.
-    page = render_report(content).encode("utf-8", errors="replace")
-    try:
-        unfinished.write_bytes(page)
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def render_report(content: ReportContent) -> str:
