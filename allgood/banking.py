@@ -98,4 +98,7 @@ def _batches(
                 last = batch.sample[-1]
                 seen(turn * len(samples) + place[last.category, last.id] + 1)
             seen((turn + 1) * len(samples))  # past the unreadable ones at the end
-    require_readable(samples, failures)
+    failed = {failure.path: failure for failure in failures}
+    require_readable(
+        samples, {i: failed[s.path] for i, s in enumerate(samples) if s.path in failed}
+    )

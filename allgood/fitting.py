@@ -6,6 +6,7 @@ What is asked for is resolved and checked here, before anything is written; `fit
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 ROTATIONS = (0, 45, 90, 135, 180, 225, 270, 315)
 """Angles of the rotated copies of few-shot references (AnomalyDINO)."""
+INCIDENTAL = ("--out", "--cache", "--no-cache", "--tensorboard", "--device", "--overwrite")
+"""Options by which two commands may differ and still ask for the same run."""
 
 
 def fit(
@@ -86,7 +89,7 @@ def fit(
         layout: how the data lie on disk, where it is not recognised; see `allgood list datasets`.
         categories: learn only these; default: all that the data hold.
         per_category: one model per category, in OUT/CATEGORY, instead of one for all; default:
-            as the recipe has it.
+            as the recipe has it. Those that the same command has finished stay.
         train_share: share of the good pictures that is for fitting, where disk does not say.
         shots: use only this many good pictures per category (few-shot; the seed picks which).
         rotate: also learn 7 rotated copies of each picture; default: with anomalydino and shots.
@@ -150,11 +153,18 @@ def fit(
     dataset = _read_good(roots, layout, categories, train_share, seed)
     promised = 0.05 if max_false_alarm is None else max_false_alarm
     if shots is None:
+        digest = digests(dataset.train)
         chosen, held_out = split_for_calibration(
-            dataset.train, calibration_share, promised, seed, strict=max_false_alarm is not None
+            dataset.train,
+            calibration_share,
+            promised,
+            seed,
+            strict=max_false_alarm is not None,
+            known=digest,
         )
     else:
         chosen, held_out = few_shots(dataset, shots, seed), []
+        digest = digests(chosen)
     learned = tuple(sorted({sample.category for sample in chosen}))
     augmented = augmentations(chosen_recipe.augment, augment, learned)
     if weights not in ("pretrained", "random"):
@@ -201,7 +211,10 @@ def fit(
             )
         from allgood.learning import default_cache_root, open_training
         from allgood.training.config import TrainConfig
+        from allgood.training.runtime import require_joint_norms
 
+        if devices * nodes > 1:
+            require_joint_norms(model, choose_device(device))
         training = open_training(
             configured(TrainConfig, chosen_recipe.train, train),
             cache_root=None if no_cache else cache or default_cache_root(),
@@ -219,7 +232,6 @@ def fit(
             "leave out --train, --augment, --devices and --nodes"
         )
     where = choose_device(device) if training is None else training.fabric.device
-    digest = digests([*chosen, *held_out])
     facts: dict[str, Any] = {
         "command": command_line(fit, arguments),
         "data_fingerprint": fingerprint([*chosen, *held_out], digest),
@@ -250,10 +262,11 @@ def fit(
 
 
 def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path:
-    """One run per category, in OUT/CATEGORY; those that are finished stay."""
+    """One run per category, in OUT/CATEGORY; those that the same command has finished stay."""
     from allgood.data.augmentation import asked_of, augmentations
     from allgood.progress import say
-    from allgood.runs import CONFIG
+    from allgood.runs import CONFIG, PROVENANCE, command_line, file_name, read_json
+    from allgood.unfinished import is_unfinished
 
     asked = dict(arguments)
     out = Path(asked["out"])
@@ -262,16 +275,39 @@ def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path
     )
     names = sorted({sample.category for sample in dataset.train})
     augmentations({}, asked["augment"], names)  # refuses a category that there is not
+    to_fit = {}
     for category in names:
-        folder = out / category
-        if (folder / CONFIG).is_file() and not asked["overwrite"]:
-            say(f"{folder} is finished")
-            continue
-        say(f"category {category}")
+        folder = out / file_name(category)
         one = {"per_category": False, "categories": (category,), "out": folder, "resume": False}
         one["augment"] = asked_of(category, asked["augment"])
-        fit(**asked | one)
+        if asked["overwrite"] or not (folder / CONFIG).is_file():
+            to_fit[category] = asked | one
+            continue
+        before = read_json(folder / PROVENANCE)["command"]
+        if _decisive_words(before) != _decisive_words(command_line(fit, asked | one)):
+            raise InputError(
+                f"run '{folder}' was fitted by another command: give that command again, name "
+                "another folder with --out, or give --overwrite"
+            )
+        say(f"{folder} is finished")
+    has_begun = len(to_fit) < len(names) or any(is_unfinished(a["out"]) for a in to_fit.values())
+    if asked["resume"] and not (to_fit and has_begun):
+        raise InputError(f"'{out}' holds no unfinished fit: leave out --resume")
+    for category, its_arguments in to_fit.items():
+        say(f"category {category}")
+        fit(**its_arguments)
     return out
+
+
+def _decisive_words(command: str) -> list[str]:
+    """The words of a command that decide what is learned."""
+    words, is_decisive = [], True
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            is_decisive = word not in INCIDENTAL
+        if is_decisive:
+            words.append(word)
+    return words
 
 
 def few_shots(dataset: Dataset, shots: int, seed: int) -> list[Sample]:

@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from allgood.training.config import TrainConfig
 from allgood.training.feature_cache import CachedFeatures, cache_bytes, room_for
 from allgood.training.loop import train
 from allgood.training.runtime import open_fabric
-from allgood.training.sources import OnlineFeatures, Source, Views
+from allgood.training.sources import OnlineFeatures, Source, Views, require_shareable
 from allgood.types import Failure
 
 if TYPE_CHECKING:
@@ -51,7 +52,12 @@ def open_training(
     nodes: int,
     tensorboard: Path | None,
 ) -> Training:
-    """Start the processes; each goes on from here. Raises as `open_fabric`."""
+    """Start the processes; each goes on from here.
+
+    Raises:
+        InputError: the processes cannot share a batch equally, or as `open_fabric`.
+    """
+    require_shareable(config.batch_size, devices * nodes, config.accumulate)
     fabric = open_fabric(
         device=device,
         devices=devices,
@@ -80,19 +86,24 @@ def learn(
         batch_size: pictures encoded together when the cache is built.
 
     Returns:
-        the pictures that could not be read.
+        the pictures that could not be read, and so were never learned.
 
     Raises:
-        InputError: no good picture of a category could be read, or as `train`.
+        InputError: no good picture of a category can be read, or as `train`.
     """
     fabric = training.fabric
     online = online_features(model, pictures, fabric.device)
     source = cached(online, training, cache_key, batch_size) or online
-    train(model, source, training.config, fabric=fabric, folder=folder, seed=seed)
-    # A picture fails once per view.
-    failures = list({failure.path: failure for failure in source.failures.values()}.values())
-    require_readable(pictures.samples, failures)
-    return failures
+    unreadable = train(
+        model,
+        source,
+        training.config,
+        fabric=fabric,
+        folder=folder,
+        seed=seed,
+        check=partial(require_readable, pictures.samples),
+    )
+    return list(unreadable.values())
 
 
 def online_features(model: Any, pictures: Pictures, device: torch.device) -> OnlineFeatures:

@@ -52,14 +52,16 @@ class Pictures:
         return torch.tensor([categories.index(sample.category) for sample in self.samples])
 
 
-def require_readable(samples: Sequence[Sample], failures: Sequence[Failure]) -> None:
-    """InputError where no picture of a category could be read."""
-    failed = {failure.path for failure in failures}
+def require_readable(samples: Sequence[Sample], unreadable: Mapping[int, Failure]) -> None:
+    """InputError where no picture of a category could be read.
+
+    Args:
+        unreadable: index into `samples` -> why.
+    """
     for category in sorted({sample.category for sample in samples}):
-        own = [sample.path for sample in samples if sample.category == category]
-        if failed.issuperset(own):
-            reason = next(failure.reason for failure in failures if failure.path in own)
+        own = [i for i, sample in enumerate(samples) if sample.category == category]
+        if unreadable.keys() >= set(own):
             raise InputError(
                 f"none of the {len(own)} good pictures of category '{category}' could be read; "
-                f"the first: {reason}"
+                f"the first: {unreadable[own[0]].reason}"
             )

@@ -20,6 +20,7 @@ from allgood.calibrating import split_for_calibration
 from allgood.detectors.patchcore import PatchCoreConfig
 from allgood.recipes import configured
 from allgood.types import GOOD, InputError, Sample
+from allgood.unfinished import making
 
 pytest_plugins = ["doors_fixtures"]
 
@@ -354,6 +355,52 @@ def test_levels_given_do_not_stop_a_resume(killer: Killer, few: Path, tmp_path: 
     assert "going on after" in text
 
 
+def test_one_fit_at_a_time(allgood: Command, few: Path, tmp_path: Path) -> None:
+    """The state of a fit is its own, whatever another one is asked for in the meantime."""
+    out = tmp_path / "run"
+    words = ["fit", few, "--out", out, *TINY, *FEW]
+    with pytest.raises(KeyboardInterrupt), making(out, {"of": "the first"}, overwrite=False):
+        before = content(out)
+        for more in ([], ["--overwrite"], ["--seed", 1]):
+            assert allgood.refused(*words, *more) == (
+                f"another fit is writing '{out}': wait until it is finished, or name another "
+                "folder with --out"
+            )
+        assert content(out) == before
+        raise KeyboardInterrupt
+    assert allgood(*words, "--overwrite").code == 0
+    assert not (out / "state").exists()
+
+
+def test_a_run_that_another_fit_has_just_finished(tmp_path: Path) -> None:
+    """It was not there when the second one was asked for and still prepared."""
+    (tmp_path / "config.json").write_text("{}")
+    with (
+        pytest.raises(InputError, match=r"exists: name another folder"),
+        making(tmp_path, {}, overwrite=False),
+    ):
+        raise AssertionError("nothing may be made")
+    assert content(tmp_path) == {"config.json": b"{}"}
+
+
+def test_a_mistake_costs_nothing_that_was_learned(
+    allgood: Command, undisturbed: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    words = ["fit", few, "--out", out, *TINY, *FEW]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InputError("the encoder's weights are gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("allgood.calibrating.calibrate_on", refuse)
+        assert allgood.refused(*words) == "the encoder's weights are gone"
+    answer = allgood(*words, "--resume")
+    assert answer.code == 0, answer.err
+    assert "going on after 28 of 28 pictures" in answer.err
+    assert of_run(out) == of_run(undisturbed)
+
+
 # -- replacing a run -----------------------------------------------------------------------------
 
 
@@ -494,3 +541,45 @@ def test_memory_budget_bounds_what_is_kept(few: Path, tmp_path: Path) -> None:
     )
     bank = library.Inspector(run).detector.bank
     assert np.isfinite(bank.numpy()).all()
+
+
+# -- copies --------------------------------------------------------------------------------------
+
+
+def test_split_keeps_copies_on_one_side(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where they lie in two groups: then all pictures of both stay together."""
+    samples = good_samples(120, group_of=2)
+    known = {sample.path: str(i % 60) for i, sample in enumerate(samples)}
+    fitting, held_out = split_for_calibration(samples, 0.15, 0.05, seed=0, strict=True, known=known)
+    fitted, held = ({known[s.path] for s in side} for side in (fitting, held_out))
+    assert not fitted & held
+    assert (len(held), len(held_out)) == (20, 40)  # 19 different ones are needed, two to a group
+    assert "60 of the 120 good pictures are copies of others" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"more than half of its 30"):
+        copies = {path: str(int(name) % 30) for path, name in known.items()}
+        split_for_calibration(samples, 0.15, 0.05, seed=0, strict=True, known=copies)
+
+
+def test_copied_pictures_do_not_void_the_promise(tmp_path: Path) -> None:
+    """Nothing that is fitted calibrates under another name, and a copy counts once."""
+    data = tmp_path / "wood"
+    for i in range(40):
+        for folder in ("monday", "copied"):
+            save(part("wood", i), data / folder / f"{i}.png")
+    run = library.fit(
+        data, out=tmp_path / "run", encoder="test_efficientnet", weights="random", image_size=32
+    )
+    calibrated_on = json.loads((run / "calibration.json").read_text())["categories"]["wood"]
+    fitted_on = json.loads((run / "provenance.json").read_text())["fitted_on"]
+    assert len(calibrated_on["image_scores"]) == 19
+    assert not set(fitted_on) & set(calibrated_on["pictures"])
+
+
+@pytest.mark.parametrize("white", [0, 1, 127])
+def test_an_ignore_mask_without_white_is_refused(
+    allgood: Command, few: Path, tmp_path: Path, white: int
+) -> None:
+    """A mask of 0 and 1 looks right in a program that stretches it, and would ignore nothing."""
+    ignore = save(mask().point(lambda value: white if value else 0), tmp_path / "ignore.png")
+    said = allgood.refused("fit", few, "--out", tmp_path / "run", *TINY, "--ignore", ignore)
+    assert said.startswith(f"{ignore}: has no white pixel (128 of 255 or above), so nothing would")

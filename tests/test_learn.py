@@ -2,14 +2,17 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from doors import Command, content, draw_tree
+from doors import TINY, Command, content, draw_tree
 from killing import Killer
 
 import allgood as library
+from allgood import calibrating
 from allgood.recipes import RECIPES, configured, find_recipe
 from allgood.recipes.recipe import NUMBERS, Recipe
 from allgood.training.config import TrainConfig
@@ -100,6 +103,52 @@ def test_a_full_disk_is_said(
     assert f"do not fit into {cache}, so the encoder runs in every step" in answer.err
 
 
+LONG = ["--train", "steps=1000000", "batch_size=4"]  # so long that a test cannot wait for its end
+
+
+def test_a_category_that_cannot_be_read_is_refused_before_the_training(
+    allgood: Command, cache: Path, tmp_path: Path
+) -> None:
+    """Also where the cache remembers the pictures from another folder."""
+    data, out = draw_tree(tmp_path / "data", train=3, good=0, bad=0), tmp_path / "run"
+    for path in (data / "cloth" / "train" / "good").iterdir():
+        path.write_bytes(b"torn")
+    words = ["--out", out, *LEARN, *LONG, "--calibration-share", "0"]
+    said = "none of the 3 good pictures of category 'cloth' could be read; the first: "
+    assert allgood.refused("fit", data, *words).startswith(f"{said}{data}")
+    moved = data.rename(tmp_path / "moved")
+    assert allgood.refused("fit", moved, *words).startswith(f"{said}{moved}")
+    assert allgood.refused("fit", moved, *words, "--no-cache").startswith(f"{said}{moved}")
+    assert not out.exists()
+
+
+def test_what_was_trained_outlives_a_mistake(
+    allgood: Command, few: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder's weights go away behind the training, and come back."""
+    import timm
+    from safetensors.torch import save_file
+
+    whole, out, weights = tmp_path / "whole", tmp_path / "run", tmp_path / "w.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), weights)
+    words = ["fit", few, *LEARN, *TRAIN, "--weights", weights]
+    assert "training: " in allgood(*words, "--out", whole).err
+    calibrate_on = calibrating.calibrate_on
+
+    def bereft(*arguments: Any, **others: Any) -> Any:
+        weights.rename(tmp_path / "away")
+        return calibrate_on(*arguments, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrating, "calibrate_on", bereft)
+        assert f"{weights}" in allgood.refused(*words, "--out", out)
+    (tmp_path / "away").rename(weights)
+    answer = allgood(*words, "--out", out)
+    assert answer.code == 0, answer.err
+    assert "training: " not in answer.err  # not a step is made again
+    assert of_run(out) == of_run(whole)
+
+
 def test_killed_by_the_clock_at_random_moments(
     killer: Killer, few: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -163,6 +212,59 @@ def test_one_model_per_category(allgood: Command, few: Path, cache: Path, tmp_pa
     words = ["fit", few, "--out", alone, *LEARN, *TRAIN, "--categories", "wood"]
     assert allgood(*words).code == 0
     assert of_run(alone) == of_run(out / "wood")
+
+
+BANK = ["--per-category", "True", *TINY, "--calibration-share", "0"]
+
+
+def test_a_model_per_category_of_another_command_is_not_kept(
+    allgood: Command, few: Path, tmp_path: Path
+) -> None:
+    """Or the models of one folder would be of different settings."""
+    out = tmp_path / "runs"
+    assert allgood("fit", few, "--out", out, *BANK).code == 0
+    before = content(out)
+    other = ["--settings", "coreset_ratio=0.2"]
+    assert allgood.refused("fit", few, "--out", out, *BANK, *other) == (
+        f"run '{out / 'cloth'}' was fitted by another command: give that command again, name "
+        "another folder with --out, or give --overwrite"
+    )
+    assert content(out) == before
+    assert allgood("fit", few, "--out", out, *BANK, *other, "--overwrite").code == 0
+    again = allgood("fit", few, "--out", out, *BANK, *other, "--device", "cpu")
+    assert again.code == 0 and again.err.count("is finished") == 2
+
+
+def test_resuming_one_model_per_category(
+    allgood: Command, killer: Killer, few: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "runs"
+    words = ["fit", few, "--out", out, *BANK]
+    nothing = f"'{out}' holds no unfinished fit: leave out --resume"
+    assert allgood.refused(*words, "--resume") == nothing
+    assert killer(*words, moment=4)[0] == -9
+    assert allgood(*words, "--resume").code == 0
+    assert allgood.refused(*words, "--resume") == nothing
+    (out / "wood" / "config.json").unlink()  # as if killed between the two
+    shutil.rmtree(out / "wood")
+    assert allgood(*words, "--resume").code == 0
+
+
+def test_a_model_per_category_stays_in_its_folder(
+    allgood: Command, few: Path, tmp_path: Path
+) -> None:
+    """A manifest may give a category any name."""
+    rows = ["path,category,split,label"]
+    for i in range(6):
+        rows.append(f"{few / 'wood' / 'train' / 'good' / f'{i:03}.png'},../wood,train,good")
+    manifest = tmp_path / "data.csv"
+    manifest.write_text("\n".join(rows) + "\n")
+    out = tmp_path / "runs"
+    answer = allgood("fit", manifest, "--out", out, *BANK)
+    assert answer.code == 0, answer.err
+    assert [path.name for path in out.iterdir()] == ["%2E.%2Fwood"]
+    assert library.Inspector(out / "%2E.%2Fwood").categories == ("../wood",)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "runs"]
 
 
 def test_a_recipe_may_ask_for_one_model_per_category(
@@ -247,6 +349,28 @@ def test_killed_while_augmented(killer: Killer, few: Path, tmp_path: Path) -> No
         assert code == -9, text
     assert killer(*words, tmp_path / "cache1", "--out", out, "--resume")[0] == 0
     assert of_run(out) == of_run(whole)
+
+
+def test_processes_that_cannot_share_a_batch(
+    allgood: Command, few: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Refused before any of them starts."""
+    words = ["--device", "cpu", "--devices", "3", "--train", "batch_size=16", "accumulate=2"]
+    assert allgood.refused("fit", few, "--out", tmp_path / "run", *LEARN, *words) == (
+        "batch_size 16 cannot be shared by 3 processes with 2 micro-batches each: choose a "
+        "multiple of 6"
+    )
+    assert not cache.exists()
+
+
+def test_batch_norm_in_several_processes_on_a_cpu(
+    allgood: Command, few: Path, cache: Path, tmp_path: Path
+) -> None:
+    words = ["--detector", "rd4ad", "--encoder", "test_resnet", "--weights", "random"]
+    words += ["--levels", "1", "2", "3", "--image-size", "64", "--device", "cpu", "--devices", "2"]
+    said = allgood.refused("fit", few, "--out", tmp_path / "run", *words)
+    assert said.startswith("a network with batch norm cannot be trained by several processes on CP")
+    assert not cache.exists()
 
 
 def test_a_nan_names_step_and_remedy(

@@ -22,7 +22,7 @@ from allgood.training import checkpoint, loop
 from allgood.training.config import TrainConfig
 from allgood.training.feature_cache import CachedFeatures
 from allgood.training.loop import train
-from allgood.training.runtime import open_fabric, seed_step
+from allgood.training.runtime import join_norms, open_fabric, require_joint_norms, seed_step
 from allgood.types import InputError
 
 CONFIG = TrainConfig(steps=12, batch_size=4, warmup_steps=2, checkpoint_steps=5, log_steps=3)
@@ -163,6 +163,26 @@ def test_two_processes_equal_one(killer: Killer, tmp_path: Path) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+def test_processes_on_gpus_have_one_batch_norm() -> None:
+    model = Toy()
+    model.encoder = torch.nn.BatchNorm2d(3)
+    before = model.state_dict(keep_vars=True)
+    join_norms(model)
+    assert isinstance(model.norm, torch.nn.SyncBatchNorm)
+    assert isinstance(model.encoder, torch.nn.BatchNorm2d)
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)  # what the optimizer trains
+
+
+def test_processes_on_cpus_have_none() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    require_joint_norms(Toy(dropout=0), cpu)
+    require_joint_norms(Toy(), gpu)
+    with pytest.raises(InputError, match="batch norm cannot be trained by several processes on CP"):
+        require_joint_norms(Toy(), cpu)
+
+
 def test_compile_is_asked_for(fabric: Any, tmp_path: Path, monkeypatch: Any) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
@@ -193,12 +213,51 @@ def test_unreadable_pictures_are_left_out_of_the_order(fabric: Any, tmp_path: Pa
 
     model.training_loss = look  # type: ignore[method-assign]
     pictures = source(unreadable=[0, 1, 2, 3, 17])  # the whole first batch, and one more
-    train(model, pictures, CONFIG, fabric=fabric, folder=tmp_path)
+    left_out = train(model, pictures, CONFIG, fabric=fabric, folder=tmp_path)
     assert set(seen) == set(range(COUNT)) - {0, 1, 2, 3, 17}
-    assert sorted(pictures.failures) == [0, 1, 2, 3, 17]
+    assert sorted(left_out) == [0, 1, 2, 3, 17]
     again = source()  # whose reader has not met them yet
-    train(Toy(), again, CONFIG, fabric=fabric, folder=tmp_path)
-    assert again.failures == pictures.failures
+    assert train(Toy(), again, CONFIG, fabric=fabric, folder=tmp_path) == left_out
+
+
+def test_what_is_left_out_is_checked_before_the_first_step(fabric: Any, tmp_path: Path) -> None:
+    def refuse(unreadable: Any) -> None:
+        assert sorted(unreadable) == [0, 6]  # pictures, not their views
+        raise Stop
+
+    pictures = source(unreadable=[0, 6], augmented=True)
+    with pytest.raises(Stop):
+        train(
+            stop_at(Toy(nan_at=0), 0),
+            pictures,
+            CONFIG,
+            fabric=fabric,
+            folder=tmp_path,
+            check=refuse,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_read_that_fails_in_passing(fabric: Any, tmp_path: Path) -> None:
+    """Others stand in for the picture, so that no process waits for a larger share; and it counts
+    as learned."""
+    gone: list[int] = []
+    model, shapes = Toy(), []
+
+    def look(batch: Any, step: int) -> Tensor:
+        rows = batch.index.tolist()
+        shapes.append((len(rows), len(batch.category), *map(len, batch.features)))
+        assert torch.equal(batch.category, batch.index % 3)
+        missed.append(len(set(rows)) < len(rows))
+        gone[:] = [[], range(10)][step == 3]  # of what is read after this step
+        return Toy.training_loss(model, batch, step)
+
+    missed: list[bool] = []
+    model.training_loss = look  # type: ignore[method-assign]
+    left_out = train(model, source(unreadable=gone), CONFIG, fabric=fabric, folder=tmp_path)
+    assert set(shapes) == {(4, 4, 4, 4)} and any(missed)
+    assert left_out == {}
+    assert json.loads((tmp_path / "checkpoint.json").read_text())["unreadable"] == {}
 
 
 def test_nothing_can_be_read(fabric: Any, tmp_path: Path) -> None:
@@ -209,6 +268,8 @@ def test_nothing_can_be_read(fabric: Any, tmp_path: Path) -> None:
     model, pictures = Indifferent(), source(count=3, unreadable=[0, 1, 2])
     with pytest.raises(InputError, match="no training picture could be read"):
         train(model, pictures, CONFIG, fabric=fabric, folder=tmp_path)
+    with pytest.raises(InputError, match="no training picture could be read"):
+        train(Toy(), pictures, CONFIG, fabric=fabric, folder=tmp_path)
 
 
 def test_pictures_vanish_during_training(fabric: Any, tmp_path: Path) -> None:

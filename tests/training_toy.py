@@ -83,9 +83,10 @@ def source(
     unreadable: Sequence[int] = (),
     reads: list[list[int]] | None = None,
     augmented: bool = False,
+    root: Path = Path(),
 ) -> OnlineFeatures:
-    """Pictures in memory; `reads` collects what was asked for. Augmented, those of category 0 may
-    be mirrored, which the rows from `count` on show."""
+    """Pictures in memory, as if from `root`; `reads` collects what was asked for. Augmented, those
+    of category 0 may be mirrored, which the rows from `count` on show."""
     images, shown = pictures(count), list(range(count))
     shares: dict[int, dict[int, float]] = {}
     if augmented:
@@ -99,7 +100,7 @@ def source(
             reads.append(list(indices))
         readable = [i for i in indices if shown[i] not in unreadable]
         failures = [
-            Failure(Path(f"{shown[i]}.png"), "torn") for i in indices if shown[i] in unreadable
+            Failure(root / f"{shown[i]}.png", "torn") for i in indices if shown[i] in unreadable
         ]
         return (images[readable],), readable, failures
 

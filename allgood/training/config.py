@@ -19,7 +19,8 @@ class TrainConfig:
     batch_size: int = 16
     """Pictures per step, over all processes and micro-batches together."""
     accumulate: int = 1
-    """Micro-batches per step; more of them take less memory and the same result for a mean."""
+    """Micro-batches per step; more of them take less memory and give the same result where the
+    loss is a mean and there is no batch norm, which takes its statistics of each by itself."""
     optimizer: OptimizerName = "stable_adamw"
     """`stable_adamw` is AdamW with AMSGrad and a bounded update."""
     learning_rate: float = 2e-3

@@ -7,7 +7,8 @@ root/<16 hex digits>.lock held while a cache is being verified or built
 
 It is built in blocks of pictures, and the index is written after each, so a killed build goes on.
 A block is always encoded in the same batches: a resumed build gives the same bits. Whatever does
-not fit its checksum when the cache is opened is made again.
+not fit its checksum when the cache is opened is made again, and pictures that could not be read are
+tried again.
 
 Letters: B images, N all training pictures.
 """
@@ -99,6 +100,7 @@ class CachedFeatures:
                 path.unlink()
             self._read_index()
             self._verify()
+            self._retry()
             missing = self._missing_blocks()
             if missing:
                 self._say(f"building the feature cache {self.folder}")
@@ -163,6 +165,19 @@ class CachedFeatures:
                     self._index.checksum[i] = None
                 if is_big:
                     progress(done, len(there))
+
+    def _retry(self) -> None:
+        """Read once more what could not be read. Only a picture that now can be read has its block
+        made again; of the others today's path and reason count."""
+        unread = [int(i) for i in self._index.failures]
+        self._index.failures.clear()
+        for begin in range(0, len(unread), self._batch_size):
+            _, _, failures = self._online.read(unread[begin : begin + self._batch_size])
+            self._note(failures)
+
+    def _note(self, failures: Mapping[int, Failure]) -> None:
+        for i, failure in failures.items():
+            self._index.failures[str(i)] = [str(failure.path), failure.reason]
 
     def _missing_blocks(self) -> list[range]:
         blocks = [
@@ -242,9 +257,7 @@ class CachedFeatures:
         for position, i in enumerate(readable):
             self._index.checksum[i] = _checksum([values[position] for values in rows])
             self._index.failures.pop(str(i), None)
-        for i in set(indices) - set(readable):
-            failure = self._online.failures[i]
-            self._index.failures[str(i)] = [str(failure.path), failure.reason]
+        self._note({i: self._online.failures[i] for i in set(indices) - set(readable)})
 
     def _rounded(self, feature: Tensor) -> np.ndarray:
         """(B, ...) float32 -> (B, numbers) int16, the bits of the cache's dtype."""

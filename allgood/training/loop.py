@@ -10,11 +10,11 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,9 @@ from allgood.training import checkpoint
 from allgood.training.checkpoint import Position
 from allgood.training.config import TrainConfig
 from allgood.training.optim import learning_rate_at, make_optimizer
-from allgood.training.runtime import seed_step
-from allgood.training.sources import Source, batch_order
-from allgood.types import InputError, Learner, TrainingBatch
+from allgood.training.runtime import join_norms, seed_step
+from allgood.training.sources import Source, batch_order, filled
+from allgood.types import Failure, InputError, Learner, TrainingBatch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -46,7 +46,8 @@ def train(
     fabric: Fabric,
     folder: Path,
     seed: int = 0,
-) -> None:
+    check: Callable[[Mapping[int, Failure]], None] | None = None,
+) -> dict[int, Failure]:
     """Train a model, or go on where a killed call with the same arguments stopped.
 
     Args:
@@ -55,6 +56,10 @@ def train(
         fabric: from `open_fabric`, with the config's precision.
         folder: for checkpoints and the log; all processes must see it.
         seed: of the order of the pictures and of all random numbers.
+        check: is told before the first step what will be returned, and may raise.
+
+    Returns:
+        picture -> why, of those that could not be read before the first step: they are left out.
 
     Raises:
         InputError: the loss or a weight became NaN, or no picture can be read.
@@ -62,6 +67,8 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.to(fabric.device)
+    if fabric.world_size > 1 and fabric.device.type == "cuda":
+        join_norms(model)
     if not any(parameter.ndim == 5 for parameter in model.parameters()):
         model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), config)
@@ -70,7 +77,10 @@ def train(
         if found is None:
             seed_step(seed, -1, device=fabric.device)
             _prepare(model, source, config.batch_size)
-            position = Position(unreadable=dict(source.failures))
+            # A read may fail in one process alone: all leave out what the first could not read.
+            position = Position(unreadable=fabric.broadcast(dict(source.failures)))
+            if check is not None:
+                check(source.views.unreadable(position.unreadable))
         else:
             position, scaler = found
             if scaler:
@@ -79,6 +89,7 @@ def train(
         if position.step < config.steps:
             _run_steps(model, optimizer, source, config, position, fabric, folder, seed)
     model.eval()
+    return source.views.unreadable(position.unreadable)
 
 
 def _prepare(model: nn.Module, source: Source, batch_size: int) -> None:
@@ -89,7 +100,9 @@ def _prepare(model: nn.Module, source: Source, batch_size: int) -> None:
     order = [everything[i : i + batch_size] for i in everything[::batch_size]]
     with torch.no_grad(), closing(source.batches(order)) as batches:
         readable = (batch for batch in batches if len(batch.index))
-        model.prepare(readable)
+        first = next(readable, None)
+        if first is not None:
+            model.prepare(chain([first], readable))
         for _ in readable:  # those that the learner did not ask for
             pass
 
@@ -111,6 +124,7 @@ def _run_steps(
     fabric_optimizer: Any = fabric.setup_optimizers(optimizer)
     model.train()
     losses = _Losses(fabric)
+    share = config.batch_size // (fabric.world_size * config.accumulate)
     keeper = _Keeper(model, optimizer, config, position, fabric, folder)
     with ExitStack() as stack:
         order = _order(source, config, position, fabric, seed)
@@ -121,7 +135,7 @@ def _run_steps(
                 group["lr"] = learning_rate_at(step, config)
             total = torch.zeros((), device=fabric.device)
             for micro in range(config.accumulate):
-                batch = _not_empty(next(batches))
+                batch = filled(_not_empty(next(batches)), share)
                 seed_step(seed, step, rank=fabric.global_rank, micro=micro, device=fabric.device)
                 with fabric.no_backward_sync(module, enabled=micro < config.accumulate - 1):
                     loss = module(partial(training_loss, batch, step)) / config.accumulate
@@ -175,9 +189,8 @@ def _order(
     """The rows of this process's micro-batches up to the last step; only of pictures that can be
     read."""
     views = source.views
-    readable = [
-        i for i in range(views.num_pictures) if position.unreadable.keys().isdisjoint(views.rows(i))
-    ]
+    unreadable = views.unreadable(position.unreadable)
+    readable = [i for i in range(views.num_pictures) if i not in unreadable]
     order = batch_order(
         len(readable),
         config.batch_size,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from allgood.training.config import Precision
 from allgood.types import InputError
@@ -85,6 +86,30 @@ def _refuse_device(device: str, kind: str, number: str, devices: int, precision:
             )
     elif precision == "fp16":
         raise InputError("precision fp16 needs a GPU: choose bf16 or fp32")
+
+
+def require_joint_norms(model: Any, device: torch.device) -> None:
+    """InputError where several processes on such devices would each normalise by its own share."""
+    if device.type == "cpu" and any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for part in _trained_parts(model).values()
+        for module in part.modules()
+    ):
+        raise InputError(
+            "a network with batch norm cannot be trained by several processes on CPUs, which have "
+            "no common mean and variance there: leave out --devices and --nodes, or take GPUs"
+        )
+
+
+def join_norms(model: nn.Module) -> None:
+    """Let batch norms take mean and variance of all processes' images; names and weights stay."""
+    for name, part in _trained_parts(model).items():
+        setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(part))
+
+
+def _trained_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """All but the encoder: its batch norms are frozen, and timm's are more than that."""
+    return {name: part for name, part in model.named_children() if name != "encoder"}
 
 
 def seed_from(*parts: int | str) -> int:

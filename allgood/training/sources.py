@@ -34,6 +34,15 @@ class Views:
         """All that show this picture."""
         return self.shares.get(picture, (picture,))
 
+    def unreadable(self, failures: Mapping[int, Failure]) -> dict[int, Failure]:
+        """Picture -> why, of those that cannot be read in one of their views; `failures` by row."""
+        return {
+            picture: failures[row]
+            for picture in range(self.num_pictures)
+            for row in self.rows(picture)
+            if row in failures
+        }
+
     def draw(self, picture: int, *, seed: int, step: int) -> int:
         """The row that stands for the picture in a step; it follows from (seed, step, picture)."""
         if picture not in self.shares:
@@ -99,17 +108,19 @@ class OnlineFeatures:
     def __len__(self) -> int:
         return len(self.category)
 
+    def read(
+        self, indices: Sequence[int]
+    ) -> tuple[tuple[Tensor, ...], list[int], dict[int, Failure]]:
+        """What `encode` takes, of those rows that could be read; which these are; and row -> why,
+        of the others."""
+        inputs, readable, failures = self._read(indices)
+        unreadable = [i for i in indices if i not in set(readable)]
+        return inputs, readable, dict(zip(unreadable, failures, strict=True))
+
     def batches(self, order: Iterable[Sequence[int]]) -> Generator[TrainingBatch, None, None]:
         """See `Source`. The next batch is read while this one is used."""
 
-        def read(
-            indices: Sequence[int],
-        ) -> tuple[tuple[Tensor, ...], list[int], dict[int, Failure]]:
-            inputs, readable, failures = self._read(indices)
-            unreadable = [i for i in indices if i not in set(readable)]
-            return inputs, readable, dict(zip(unreadable, failures, strict=True))
-
-        for inputs, readable, failures in read_ahead(read, order):
+        for inputs, readable, failures in read_ahead(self.read, order):
             self.failures.update(failures)
             index = torch.tensor(readable, dtype=torch.int64)
             features: tuple[Tensor, ...] = ()
@@ -119,6 +130,18 @@ class OnlineFeatures:
                     encoded = self._encode(*moved)
                     features = tuple(feature.float() for feature in encoded)
             yield TrainingBatch(features, self.category[index].to(self.device), index)
+
+
+def filled(batch: TrainingBatch, size: int) -> TrainingBatch:
+    """A batch of `size` rows: those that are there stand in for pictures that could not be read.
+
+    So the shares of all processes have one shape, whatever each of them could read.
+    """
+    if len(batch.index) == size:
+        return batch
+    rows = torch.arange(size) % len(batch.index)
+    features = tuple(feature[rows] for feature in batch.features)
+    return TrainingBatch(features, batch.category[rows], batch.index[rows])
 
 
 def read_ahead(read: Callable[[Item], Read], items: Iterable[Item]) -> Generator[Read, None, None]:
@@ -159,12 +182,17 @@ def batch_order(
     """
     if count < 1:
         raise InputError("no training picture could be read: training needs at least one")
+    require_shareable(batch_size, world, accumulate)
+    return _batch_order(count, batch_size, seed, start_step, rank, world, accumulate)
+
+
+def require_shareable(batch_size: int, world: int, accumulate: int) -> None:
+    """InputError where so many processes and micro-batches cannot share a batch equally."""
     if batch_size % (world * accumulate):
         raise InputError(
             f"batch_size {batch_size} cannot be shared by {world} processes with {accumulate} "
             f"micro-batches each: choose a multiple of {world * accumulate}"
         )
-    return _batch_order(count, batch_size, seed, start_step, rank, world, accumulate)
 
 
 def _batch_order(
