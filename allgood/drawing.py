@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,13 +58,17 @@ class Drawings:
             return (), [], failures
         image = torch.stack(images).float() / 255
         mask = torch.stack(masks)[:, None]
+        ignore = torch.zeros_like(mask)
         if self.pictures.ignore_of:
             names = [sample.category for sample in samples]
             ignore = to_inputs(self.pictures.ignore_of, names, sizes, self.pictures.transform)
             image, mask = hide(image, ignore), mask & ~ignore
+        ignore = _shrunk(ignore, self.mask_side, share=0.5)
+        # A third of the pixels is enough, so that thin lines stay.
+        mask = _shrunk(mask, self.mask_side, share=0.3) & ~ignore
         category = torch.tensor([self.categories.index(sample.category) for sample in samples])
         number = torch.tensor([image_number(sample.id) for sample in samples])
-        return (image, _shrunk(mask, self.mask_side), category, number), readable, failures
+        return (image, mask, ignore, category, number), readable, failures
 
     def _read_resized(self, sample: Sample) -> tuple[np.ndarray, tuple[int, int]]:
         picture = read_image(sample.path)
@@ -70,7 +76,45 @@ class Drawings:
         return np.ascontiguousarray(resized), (picture.shape[0], picture.shape[1])
 
 
-def _shrunk(mask: Tensor, side: int) -> Tensor:
-    """(B, 1, H, W) bool -> (B, 1, side, side): pixels of which a third is painted, so that thin
-    lines stay."""
-    return F.interpolate(mask.float(), (side, side), mode="area") > 0.3
+def require_others(detector: Any, run: Path, samples: Sequence[Sample], num_absent: int) -> None:
+    """See that a memory bank can compare every picture with the patches of others.
+
+    Args:
+        detector: of any kind; only a memory bank holds patches of its pictures.
+        run: the detector's, for the message.
+        samples: good pictures that it was fitted on.
+        num_absent: how many more it was fitted on.
+
+    Raises:
+        InputError: the pictures' ids are not those of the fit, so that the bank does not know them;
+            or without a picture's own patches too few are left.
+    """
+    if not hasattr(detector, "bank_image"):
+        return
+    num_unknown = 0
+    for index, category in enumerate(detector.categories):
+        given = {image_number(sample.id) for sample in samples if sample.category == category}
+        searched = own = detector.bank_image[detector.bank_category == index]
+        held = set(own.tolist())
+        num_unknown += len(held - given)
+        if num_unknown > num_absent or (held and held.isdisjoint(given)):
+            raise InputError(
+                f"the good pictures have other names below their folder than when run '{run}' was "
+                "fitted, and its memory bank knows its own by name: give the data as they were "
+                "given to `allgood fit`"
+            )
+        if detector.config.bank == "shared":
+            searched = detector.bank_image
+        numbers, counts = searched.unique(return_counts=True)
+        known = torch.isin(numbers, numbers.new_tensor(list(given)))
+        most = max(counts[known].tolist(), default=0)
+        if len(searched) - most < detector.config.num_neighbors:
+            raise InputError(
+                f"the memory bank of run '{run}' holds too few pictures of category '{category}' "
+                "to compare each with others: fit it on at least two"
+            )
+
+
+def _shrunk(mask: Tensor, side: int, *, share: float) -> Tensor:
+    """(B, 1, H, W) bool -> (B, 1, side, side): where it covers more than a share of the pixels."""
+    return F.interpolate(mask.float(), (side, side), mode="area") > share

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,14 +20,17 @@ from allgood.types import InputError
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from allgood.costfilter.config import FilterConfig
     from allgood.costfilter.filtered import FilteredDetector
+    from allgood.data.synthesis import SynthesisConfig
     from allgood.drawing import Drawings
     from allgood.inference import Inspector
     from allgood.learning import Training
-    from allgood.types import Failure, Sample
+    from allgood.progress import Bar
+    from allgood.recipes.costfilter import FilterRecipe
+    from allgood.training.config import TrainConfig
+    from allgood.types import Failure, Sample, TrainingBatch
 
 TRAIN: Mapping[str, Any] = {
     "steps": 1500,
@@ -41,6 +46,7 @@ TRAIN: Mapping[str, Any] = {
 }
 """Of a `small` filter; what was published: recipes/costfilter.py."""
 DRAWS = 6
+"""Of each picture, at most: of many pictures the training sees fewer."""
 VALIDATION_PICTURES = 16
 """Of each category, at most: a tenth of its pictures is kept from training, to measure on."""
 VALIDATION_DRAWS = 4
@@ -83,7 +89,8 @@ def filter(
         settings: of the filter, as name=value, e.g. fusion=0.3 size=full.
         synthesis: of the anomalies, as name=value.
         train: of the training, as name=value, e.g. steps=3000.
-        draws: synthetic versions of each picture; left out: 6, or the preset's.
+        draws: synthetic versions of each picture; left out: the preset's, or 6, but no more than
+            the training has time to see.
         fusion: the filter's share of the map, lambda: as the settings say (fusion=0.5), or the one
             that is best on synthetic pictures kept from training. Test pictures are never used.
         layout: how the data lie on disk, where it is not recognised.
@@ -103,49 +110,37 @@ def filter(
     """
     arguments = dict(locals())
     started = time.monotonic()
-    from allgood.costfilter.config import FilterConfig
+    from allgood.calibrating import require_rate
     from allgood.costfilter.filtered import FilteredDetector, shape_of_match, volume_grid
     from allgood.data.fingerprint import fingerprint
     from allgood.data.foreground import choose_foreground
-    from allgood.data.synthesis import SynthesisConfig, Synthesizer, reference_config
+    from allgood.data.synthesis import SynthesisConfig, Synthesizer
     from allgood.drawing import Drawings
-    from allgood.inference import Inspector, require_at_least
-    from allgood.learning import default_cache_root, open_training
+    from allgood.ignored import digests
+    from allgood.inference import require_at_least
+    from allgood.learning import default_cache_root
     from allgood.pictures import Pictures
     from allgood.progress import say
-    from allgood.recipes import configured
     from allgood.recipes.costfilter import find_filter
-    from allgood.runs import PROVENANCE, command_line, finish, is_finished, read_json
-    from allgood.training.config import TrainConfig
-    from allgood.unfinished import making, refuse_folder
+    from allgood.runs import command_line
+    from allgood.unfinished import refuse_folder
 
     out = Path(out)
-    recipe = None if preset is None else find_filter(preset)
-    draws = draws if draws is not None else recipe.draws if recipe else DRAWS
     require_at_least(1, batch_size=batch_size, draws=draws)
+    require_rate(max_false_alarm)
     refuse_folder(out, overwrite)
-    config = configured(FilterConfig, recipe.settings if recipe else {}, settings)
     if fusion == "auto" and any(word.startswith("fusion=") for word in settings):
         raise InputError("--fusion auto chooses the fusion: leave it out of --settings")
-    train_config = configured(TrainConfig, recipe.train if recipe else TRAIN, train)
-    drawn = asdict(reference_config()) if recipe else {}
-    synthesis_config = configured(SynthesisConfig, drawn, synthesis)
-    inspector = Inspector(run, device=device)
-    if "filter" in inspector.config:
-        raise InputError(f"run '{run}' has a filter already: give the run behind it")
+    recipe = None if preset is None else find_filter(preset)
+    config, synthesis_config, train_config = _configs(recipe, settings, synthesis, train)
+    inspector = _open_host(run, device)
     kind = inspector.config["detector"]["name"]
     if recipe and recipe.host != kind:
         raise InputError(
             f"preset {preset} is for {recipe.host}, but run '{run}' is {kind}: take another "
             "preset, or none"
         )
-    if inspector.transform.keep_aspect:
-        raise InputError(
-            f"run '{run}' reads pictures of many sizes, and a filter learns one: fit it with "
-            "--keep-aspect False"
-        )
-    known = set(read_json(inspector.run / PROVENANCE)["fitted_on"])
-    learned, fresh, digest = _good_pictures(inspector, data, layout, known)
+    learned, fresh, digest = _good_pictures(inspector, data, layout)
     templates, taught = _kept_templates(learned, config, seed)
     taught, held_out = _held_out(taught, seed)
     if fusion == "auto" and not held_out:
@@ -153,34 +148,26 @@ def filter(
             "--fusion auto needs at least two good pictures of a category, one of them to choose "
             "on: leave it out"
         )
-    training = open_training(
-        train_config,
-        cache_root=None if no_cache else cache or default_cache_root(),
-        device=device,
-        devices=1,
-        nodes=1,
-        tensorboard=None,
-    )
-    if train_config.precision != "fp32" and training.fabric.device.type == "cpu":
-        raise InputError(
-            "on a CPU a filter is trained in fp32, as the gradients of 3-D convolutions are not "
-            "reliable in bf16 there: leave out --train precision"
-        )
+    if draws is None:
+        draws = recipe.draws if recipe else _draws(train_config, len(taught))
+    cache_root = None if no_cache else cache or default_cache_root()
+    training = _open_training(train_config, cache_root, device)
     foreground = {
         name: choose_foreground(_some_pictures(taught, name)) for name in inspector.categories
     }
-    synthesizer = Synthesizer(synthesis_config, seed=seed, foreground=foreground)
+    painting = Synthesizer(synthesis_config, seed=seed, foreground=foreground)
+    unpainted = Synthesizer(SynthesisConfig(clean_probability=1))
 
-    def drawings(samples: Sequence[Sample], draws: int) -> Drawings:
+    def drawings(samples: Sequence[Sample], draws: int, synthesizer: Synthesizer) -> Drawings:
         pictures = Pictures(samples, inspector.transform, inspector.ignore)
         return Drawings(pictures, inspector.categories, draws, synthesizer, config.mask_side)
 
-    image_size = inspector.transform.input_size(*_picture(taught[0]).shape[:2])
+    image_size = inspector.transform.input_size(1, 1)  # that of any picture
     channels, grid = shape_of_match(inspector.detector, image_size, inspector.device)
     grid = volume_grid(config, grid)
     model = FilteredDetector(config, inspector.detector, channels, grid, seed)
     if templates:
-        model.keep_templates(inspector.query_features(templates))
+        model.keep_templates(inspector.query_features(templates, batch_size=batch_size))
     wanted = {
         "settings": asdict(config),
         "channels": channels,
@@ -195,39 +182,128 @@ def filter(
     key = {
         "host": _digest(inspector.run),
         "pictures": fingerprint(taught, digest),
+        "ignore": digests(inspector.ignore),
         "synthesis": wanted["synthesis"],
         "draws": draws,
         "seed": seed,
         "encoding": model.encoding,
         "mask": config.mask_side,
     }
-    request = {"filter": wanted, "key": key, "max_false_alarm": max_false_alarm}
-    with making(out, request, overwrite) as state:
-        new = state / "run"
-        if not is_finished(new):
-            seen, folder = drawings(taught, draws), state / "training"
-            failures = _train(model, seen, training, folder, key, batch_size, seed)
-            unseen = drawings(held_out, VALIDATION_DRAWS)
-            table = _validate(model, unseen, image_size, batch_size, fusion, inspector.device)
-            facts = {
-                "command": command_line(filter, arguments),
-                "host": str(run),
-                "data_fingerprint": fingerprint([*learned, *fresh], digest),
-                "fitted_on": sorted(known),
-                "device": str(training.fabric.device),
-                "unreadable": [[str(f.path), f.reason] for f in failures],
-                "synthetic_validation": table,
-                "seconds": round(time.monotonic() - started, 1),
-            }
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
-            # With the fusion that was chosen.
-            settled = {**wanted, "settings": asdict(model.config)}
-            _write_run(new, model, inspector, settled, facts, folder)
-            _calibrate(new, fresh, max_false_alarm, device)
-            finish(new)
+    facts = {
+        "command": command_line(filter, arguments),
+        "host": str(run),
+        "data_fingerprint": fingerprint([*learned, *fresh], digest),
+        "fitted_on": sorted(_fitted_on(inspector)),
+        "device": str(training.fabric.device),
+    }
+    job = _Job(
+        model=model,
+        inspector=inspector,
+        as_they_are=drawings(taught, 1, unpainted),
+        taught=drawings(taught, draws, painting),
+        held_out=drawings(held_out, VALIDATION_DRAWS, painting),
+        fresh=fresh,
+        training=training,
+        image_size=image_size,
+        batch_size=batch_size,
+        seed=seed,
+        fusion=fusion,
+        max_false_alarm=max_false_alarm,
+        device=device,
+        config=wanted,
+        cache_key=key,
+        facts=facts,
+        started=started,
+    )
+    _make_run(out, job, overwrite)
     say(f"a filter behind {run}, from {len(taught)} good pictures, in {out}")
     return out
+
+
+# -- what is asked for: all that can be refused, nothing is written ------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One filter, all of it resolved."""
+
+    model: FilteredDetector
+    inspector: Inspector
+    """The host's."""
+    as_they_are: Drawings
+    """Every taught picture once, nothing painted: for the scale of the host's map."""
+    taught: Drawings
+    held_out: Drawings
+    """To measure on."""
+    fresh: Sequence[Sample]
+    """To calibrate on."""
+    training: Training
+    image_size: tuple[int, int]
+    batch_size: int
+    seed: int
+    fusion: Literal["fixed", "auto"]
+    max_false_alarm: float
+    device: str
+    config: dict[str, Any]
+    """What config.json will hold of the filter."""
+    cache_key: dict[str, Any]
+    """Everything that decides what the host says of the drawings."""
+    facts: dict[str, Any]
+    """What provenance.json will hold of this filter."""
+    started: float
+
+
+def _configs(
+    recipe: FilterRecipe | None,
+    settings: Sequence[str],
+    synthesis: Sequence[str],
+    train: Sequence[str],
+) -> tuple[FilterConfig, SynthesisConfig, TrainConfig]:
+    """Of the filter, the anomalies and the training: the preset's or ours, and the user's words."""
+    from allgood.costfilter.config import FilterConfig
+    from allgood.data.synthesis import SynthesisConfig, reference_config
+    from allgood.recipes import configured
+    from allgood.training.config import TrainConfig
+
+    return (
+        configured(FilterConfig, recipe.settings if recipe else {}, settings),
+        configured(SynthesisConfig, asdict(reference_config()) if recipe else {}, synthesis),
+        configured(TrainConfig, recipe.train if recipe else TRAIN, train),
+    )
+
+
+def _open_host(run: Path, device: str) -> Inspector:
+    """A run that can have a filter."""
+    from allgood.inference import Inspector
+
+    inspector = Inspector(run, device=device)
+    if "filter" in inspector.config:
+        raise InputError(f"run '{run}' has a filter already: give the run behind it")
+    if inspector.transform.keep_aspect:
+        raise InputError(
+            f"run '{run}' reads pictures of many sizes, and a filter learns one: fit it with "
+            "--keep-aspect False"
+        )
+    return inspector
+
+
+def _open_training(config: TrainConfig, cache_root: Path | None, device: str) -> Training:
+    from allgood.learning import open_training
+
+    training = open_training(
+        config, cache_root=cache_root, device=device, devices=1, nodes=1, tensorboard=None
+    )
+    if config.precision != "fp32" and training.fabric.device.type == "cpu":
+        raise InputError(
+            "on a CPU a filter is trained in fp32, as the gradients of 3-D convolutions are not "
+            "reliable in bf16 there: leave out --train precision"
+        )
+    return training
+
+
+def _draws(train: TrainConfig, num_pictures: int) -> int:
+    """DRAWS, or as few as the training has time to see of each picture."""
+    return max(1, min(DRAWS, -(-train.steps * train.batch_size // num_pictures)))
 
 
 def _some_pictures(samples: Sequence[Sample], category: str, count: int = 12) -> list[np.ndarray]:
@@ -243,12 +319,13 @@ def _some_pictures(samples: Sequence[Sample], category: str, count: int = 12) ->
 
 
 def _good_pictures(
-    inspector: Inspector, data: Sequence[Path], layout: str | None, known: set[str]
+    inspector: Inspector, data: Sequence[Path], layout: str | None
 ) -> tuple[list[Sample], list[Sample], dict[Path, str]]:
     """The good training pictures that the host was fitted on, those that it was not, and the
     digests of all of their files."""
     from allgood.data.fingerprint import digests
     from allgood.data.readers import read_data
+    from allgood.drawing import require_others
     from allgood.progress import say
 
     roots = [data] if isinstance(data, str | Path) else list(data)
@@ -257,7 +334,7 @@ def _good_pictures(
         roots, layout=layout, train_share=config["data"]["train_share"], seed=config["seed"]
     ).only(inspector.categories)
     say(dataset.describe())
-    digest = digests(dataset.train)
+    digest, known = digests(dataset.train), _fitted_on(inspector)
     learned = [sample for sample in dataset.train if digest.get(sample.path) in known]
     fresh = [sample for sample in dataset.train if digest.get(sample.path) not in known]
     missing = set(inspector.categories) - {sample.category for sample in learned}
@@ -267,7 +344,16 @@ def _good_pictures(
             f"'{sorted(missing)[0]}' is one that run '{inspector.run}' was fitted on; give the "
             "data as they were given to `allgood fit`"
         )
+    num_absent = len(known.difference(digest[sample.path] for sample in learned))
+    require_others(inspector.detector, inspector.run, learned, num_absent)
     return learned, fresh, digest
+
+
+def _fitted_on(inspector: Inspector) -> set[str]:
+    """Digests of the pictures that the host was fitted on."""
+    from allgood.runs import PROVENANCE, read_json
+
+    return set(read_json(inspector.run / PROVENANCE)["fitted_on"])
 
 
 def _kept_templates(
@@ -281,12 +367,15 @@ def _kept_templates(
     kept = []
     for category in sorted({sample.category for sample in samples}):
         own = [sample for sample in samples if sample.category == category]
-        if len(own) <= config.num_templates:
+        order = random.Random(f"{seed}:{category}").sample(own, len(own))
+        readable = (sample for sample in order if _is_readable(sample))
+        chosen = list(islice(readable, config.num_templates))
+        if len(chosen) < config.num_templates or len(chosen) == len(own):
             raise InputError(
                 f"category '{category}' has {len(own)} good pictures, too few to keep "
-                f"{config.num_templates} of them as templates: lower num_templates"
+                f"{config.num_templates} readable ones of them as templates: lower num_templates"
             )
-        kept += random.Random(f"{seed}:{category}").sample(own, config.num_templates)
+        kept += chosen
     return kept, [sample for sample in samples if sample not in kept]
 
 
@@ -305,21 +394,56 @@ def _held_out(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[
     )
 
 
-def _picture(sample: Sample) -> np.ndarray:
+def _is_readable(sample: Sample) -> bool:
     from allgood.data.images import read_image
 
-    return read_image(sample.path)
+    try:
+        read_image(sample.path)
+    except InputError:  # listed when it is to be learned
+        return False
+    return True
 
 
-def _train(
-    model: FilteredDetector,
-    drawings: Drawings,
-    training: Training,
-    folder: Path,
-    key: Mapping[str, Any],
-    batch_size: int,
-    seed: int,
-) -> list[Failure]:
+def _digest(run: Path) -> str:
+    """Of what decides the host's matches."""
+    from allgood.data.fingerprint import content_digest
+    from allgood.runs import CONFIG, WEIGHTS
+
+    return content_digest(run / CONFIG) + content_digest(run / WEIGHTS)
+
+
+# -- doing it ------------------------------------------------------------------------------------
+
+
+def _make_run(out: Path, job: _Job, overwrite: bool) -> None:
+    """Train, measure, write, calibrate in state/run, then move the new run into place."""
+    from allgood.runs import finish, is_finished
+    from allgood.unfinished import making
+
+    request = {
+        "filter": job.config,
+        "key": job.cache_key,
+        "max_false_alarm": job.max_false_alarm,
+    }
+    with making(out, request, overwrite) as state:
+        new = state / "run"
+        if is_finished(new):
+            return
+        training = state / "training"
+        failures = _train(job, training)
+        facts = job.facts | {
+            "unreadable": [[str(f.path), f.reason] for f in failures],
+            "synthetic_validation": _validate(job),
+            "seconds": round(time.monotonic() - job.started, 1),
+        }
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        _write_run(new, job, facts, training)
+        _calibrate(new, job)
+        finish(new)
+
+
+def _train(job: _Job, folder: Path) -> list[Failure]:
     """Train the filter; the host answers every drawing once where the cache has room.
 
     Returns:
@@ -329,22 +453,57 @@ def _train(
     from allgood.training.loop import train
     from allgood.training.sources import OnlineFeatures
 
-    fabric = training.fabric
-    model.to(fabric.device)
-    online = OnlineFeatures(drawings.read, model.encode, drawings.category(), fabric.device)
-    source = cached(online, training, key, batch_size) or online
-    train(model, source, training.config, fabric=fabric, folder=folder, seed=seed)
+    model, drawings, training = job.model, job.taught, job.training
+    model.to(training.fabric.device)
+    folder.mkdir(exist_ok=True)
+    _set_scale(job, folder / "scale.json")
+    online = OnlineFeatures(
+        drawings.read, model.encode, drawings.category(), training.fabric.device
+    )
+    source = cached(online, training, job.cache_key, job.batch_size) or online
+    train(model, source, training.config, fabric=training.fabric, folder=folder, seed=job.seed)
     return list({failure.path: failure for failure in source.failures.values()}.values())
 
 
-def _validate(
-    model: FilteredDetector,
-    drawings: Drawings,
-    image_size: tuple[int, int],
-    batch_size: int,
-    fusion: Literal["fixed", "auto"],
-    device: torch.device,
-) -> dict[str, Any]:
+def _set_scale(job: _Job, path: Path) -> None:
+    """Of the host's map, from every picture as it is; a killed training finds it in the file.
+
+    Raises:
+        InputError: no picture of a category could be read.
+    """
+    import torch
+
+    from allgood.pictures import require_readable
+    from allgood.progress import bar
+    from allgood.runs import read_json, write_json
+    from allgood.training.sources import OnlineFeatures
+
+    model, drawings = job.model, job.as_they_are
+    if not path.is_file():
+        source = OnlineFeatures(
+            drawings.read, model.encode, drawings.category(), job.training.fabric.device
+        )
+        rows = range(len(source))
+        order = [rows[begin : begin + job.batch_size] for begin in rows[:: job.batch_size]]
+        with (
+            bar("measuring the detector on good pictures", len(source)) as shown,
+            closing(source.batches(order)) as batches,
+        ):
+            model.set_scale(_counted(batches, shown))
+        require_readable(drawings.pictures.samples, source.failures)
+        write_json(path, model.good_range.tolist())
+    model.good_range.copy_(torch.tensor(read_json(path)))
+
+
+def _counted(batches: Iterable[TrainingBatch], shown: Bar) -> Iterator[TrainingBatch]:
+    """Those that hold a picture, and a bar that follows them."""
+    for batch in batches:
+        if len(batch.index):
+            shown.at(int(batch.index[-1]) + 1)
+            yield batch
+
+
+def _validate(job: _Job) -> dict[str, Any]:
     """Measure on drawings kept from training, and set the fusion if that was asked for.
 
     Returns:
@@ -356,14 +515,15 @@ def _validate(
     from allgood.progress import say
     from allgood.training.sources import OnlineFeatures
 
+    model, drawings, batch_size = job.model, job.held_out, job.batch_size
     model.eval()
     encode = partial(model.encode, whole=True)
-    source = OnlineFeatures(drawings.read, encode, drawings.category(), device)
+    source = OnlineFeatures(drawings.read, encode, drawings.category(), job.inspector.device)
     tables: dict[str, Any] = {}
     for i, name in enumerate(model.categories):
         own = (source.category == i).nonzero().flatten().tolist()
         order = [own[begin : begin + batch_size] for begin in range(0, len(own), batch_size)]
-        table = validate(model, source.batches(order), image_size)
+        table = validate(model, source.batches(order), job.image_size)
         if table is not None:
             tables[name] = table
     facts: dict[str, Any] = {
@@ -378,7 +538,7 @@ def _validate(
         )
         return facts
     mean = mean_over(tables)
-    if fusion == "auto":
+    if job.fusion == "auto":
         model.config = replace(model.config, fusion=best_fusion(mean))
     share = model.config.fusion
     say(
@@ -386,17 +546,10 @@ def _validate(
         f"{mean['initial_map']:.3f}, detector {mean['host']:.3f}, filter {mean['filter']:.3f}, "
         f"both {mean['fusion'][f'{share:g}']:.3f} (fusion {share:g})"
     )
-    return {**facts, "mean": mean, "chosen": fusion == "auto"}
+    return {**facts, "mean": mean, "chosen": job.fusion == "auto"}
 
 
-def _write_run(
-    new: Path,
-    model: FilteredDetector,
-    inspector: Inspector,
-    wanted: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    training: Path,
-) -> None:
+def _write_run(new: Path, job: _Job, facts: Mapping[str, Any], training: Path) -> None:
     """All files of the run but the thresholds."""
     from allgood.ignored import write_masks
     from allgood.own_state import own_state
@@ -411,29 +564,23 @@ def _write_run(
         write_weights,
     )
 
-    write_weights(new / WEIGHTS, own_state(model))
+    inspector = job.inspector
+    write_weights(new / WEIGHTS, own_state(job.model))
     if (inspector.run / ENCODER).is_file():
         shutil.copyfile(inspector.run / ENCODER, new / ENCODER)
     write_masks(new, inspector.ignore)
     shutil.copyfile(training / "log.jsonl", new / TRAINING_LOG)
-    write_json(new / CONFIG, {**inspector.config, "filter": wanted})
+    settled = {**job.config, "settings": asdict(job.model.config)}  # with the fusion chosen
+    write_json(new / CONFIG, {**inspector.config, "filter": settled})
     write_json(new / PROVENANCE, provenance(**facts))
 
 
-def _calibrate(new: Path, fresh: Sequence[Sample], max_false_alarm: float, device: str) -> None:
+def _calibrate(new: Path, job: _Job) -> None:
     from allgood.calibrating import calibrate_on
     from allgood.progress import say
 
-    if not fresh:
+    if not job.fresh:
         say("no good pictures are left for thresholds: `allgood calibrate` sets them")
         return
-    for failure in calibrate_on(new, fresh, max_false_alarm, device=device):
+    for failure in calibrate_on(new, job.fresh, job.max_false_alarm, device=job.device):
         say(f"left out: {failure.reason}")
-
-
-def _digest(run: Path) -> str:
-    """Of what decides the host's matches."""
-    from allgood.data.fingerprint import content_digest
-    from allgood.runs import CONFIG, WEIGHTS
-
-    return content_digest(run / CONFIG) + content_digest(run / WEIGHTS)

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--train", nargs="*", default=[], help="as of `allgood filter`")
     parser.add_argument("--settings", nargs="*", default=[], help="as of `allgood filter`")
     parser.add_argument("--fusion", choices=["fixed", "auto"], default="fixed")
-    parser.add_argument("--draws", type=int, default=6)
+    parser.add_argument("--draws", type=int, help="as of `allgood filter`")
     arguments = parser.parse_args()
     print(f"{'part':<10} {'seed':>4} {'category':<16} " + " ".join(f"{n:>12}" for n in NAMES))
     for seed in arguments.seeds:

@@ -30,7 +30,7 @@ def without_encoder(method: str) -> dict[str, Any]:
         return fill_state(unias.official_shapes(width=32, grid=8, ffn=8))
     if method == "rd4ad":
         widths = {"conv1": 1, "conv3": 2}
-        block = {f"bn_layer.0.{name}.weight": torch.ones(n, 1) for name, n in widths.items()}
+        block = {f"bn_layer.0.{name}.weight": torch.ones(n, 1, 1, 1) for name, n in widths.items()}
         return {"bn": block, "decoder": {}}
     return {"bn": {"conv1.weight": torch.ones(1)}, "decoder": {}}
 

@@ -147,6 +147,21 @@ def test_one_category_has_no_class_terms() -> None:
     assert torch.allclose(found, focal_loss(p, y, torch.full((3,), 2.0)).mean())
 
 
+@pytest.mark.parametrize("config", [LossConfig(), SLIDES, REFERENCE])
+def test_ignored_pixels_teach_nothing(config: LossConfig) -> None:
+    logits, classes, _, category = problem(9)
+    ignore = torch.zeros(3, 1, 8, 8, dtype=torch.bool)
+    ignore[..., :3, :] = True
+    mask = (torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(9)) > 0.7) & ~ignore
+    logits.requires_grad_()
+    loss = filter_loss(logits, classes, mask, category, config, ignore=ignore)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient[..., :3, :] == 0).all() and gradient[..., 3:, :].abs().min() > 0
+    with torch.no_grad():
+        moved = logits + 5 * ignore
+        assert filter_loss(moved, classes, mask, category, config, ignore=ignore) == loss
+
+
 def test_gradient_by_differences() -> None:
     logits, classes, mask, _ = problem(7, images=2)
     category = classes.argmax(dim=1)  # a kink of max() is not near

@@ -144,7 +144,7 @@ def test_reference_anomaldf_keeps_the_least_costs_of_its_templates() -> None:
     match = Match([query], [query[:, None]], torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]))
     model = behind(match, "reference-anomaldf", split=(6, 6, 6, 6), num_templates=2, top_k=16)
     templates = torch.randn(2, 2, 24, 4, 4, generator=generator)
-    model.keep_templates([templates.flatten(0, 1)])
+    model.keep_templates([[templates.flatten(0, 1)]])
     match = model.eval().match(torch.zeros(2, 3, 32, 32))
     seen = seen_by_network(model, match, (32, 32))
     parts = torch.nn.functional.normalize(query.double().unflatten(1, (4, 6)), dim=2)
@@ -175,7 +175,7 @@ def test_reference_glad_passes_every_template_by_itself() -> None:
     together = torch.cat(query, dim=1)
     match = Match([together], [together[:, None]], torch.zeros(2, 1, 32, 32), torch.arange(2))
     model = behind(match, "reference-glad", split=(24,) * 4)
-    model.keep_templates([torch.cat(templates, dim=2).flatten(0, 1)])  # one set per picture
+    model.keep_templates([[torch.cat(templates, dim=2).flatten(0, 1)]])  # one set per picture
     match = model.eval().match(torch.zeros(2, 3, 256, 256))
     seen = seen_by_network(model, match, (256, 256))
     least = seen["matching"].unflatten(0, (2, 3))
@@ -192,7 +192,7 @@ def test_reference_glad_passes_every_template_by_itself() -> None:
         config = replace(model.config, num_templates=1)
         single = FilteredDetector(config, Host(match), [96], (32, 32)).eval()
         single.network.load_state_dict(model.network.state_dict())
-        single.keep_templates([torch.cat([t[:, n] for t in templates], dim=1)])
+        single.keep_templates([[torch.cat([t[:, n] for t in templates], dim=1)]])
         alone.append(maps_of(single.eval(), single.match(torch.zeros(2, 3, 8, 8)), (256, 256)))
     mean = torch.stack([one.filter for one in alone]).mean(dim=0)
     torch.testing.assert_close(maps.filter, mean, atol=1e-5, rtol=1e-4)

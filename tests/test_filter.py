@@ -1,6 +1,7 @@
 """The door `filter`: a CostFilter behind a fitted detector, trained on synthetic anomalies."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from doors import Command, content, mask
+from data_trees import save
+from doors import TINY, Command, content, draw_tree, mask
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from test_contract import LEARNERS
@@ -25,9 +27,18 @@ from allgood.costfilter.filtered import FilteredDetector, volume_grid
 from allgood.costfilter.validation import best_fusion, mean_over, validate
 from allgood.costfilter.volume import compare, cost_volume, resize_aligned
 from allgood.data.images import read_image
-from allgood.filtering import _held_out
+from allgood.data.readers import read_data
+from allgood.data.synthesis import SynthesisConfig, Synthesizer
+from allgood.data.transforms import Transform
+from allgood.drawing import Drawings, require_others
+from allgood.filtering import _draws, _held_out, _kept_templates
+from allgood.ignored import hide
+from allgood.layers.patch_store import image_number
 from allgood.own_state import load_own_state, own_state
+from allgood.pictures import Pictures
 from allgood.scoring import resize_map, top_fraction_mean
+from allgood.training import loop
+from allgood.training.config import TrainConfig
 from allgood.types import InputError, Sample, TrainingBatch
 
 pytest_plugins = ["doors_fixtures"]
@@ -73,13 +84,14 @@ def behind(host: Any, **settings: Any) -> FilteredDetector:
     return FilteredDetector(config, host, channels, volume_grid(config, grid))
 
 
-def drawings() -> tuple[Tensor, Tensor, Tensor]:
-    """Good pictures of both categories, every second one with a defect; masks; categories."""
+def drawings(*, painted: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Good pictures of both categories, every second one with a defect unless nothing is `painted`;
+    masks; categories."""
     images, masks, category = [], [], []
     for index, name in enumerate(CATEGORIES):
         for seed in range(2):
             image, mask = picture(name, seed), torch.zeros(1, 96, 96)
-            if seed % 2:
+            if painted and seed % 2:
                 top, left = 26 + 32 * index, 30 + 20 * index
                 image, mask[:, top : top + 24, left : left + 24] = with_defect(image, top, left), 1
             images.append(image)
@@ -88,10 +100,20 @@ def drawings() -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(images), torch.stack(masks), torch.tensor(category)
 
 
-def drawn(model: FilteredDetector, *, whole: bool = False) -> TrainingBatch:
-    images, masks, category = drawings()
+def drawn(
+    model: FilteredDetector,
+    *,
+    painted: bool = True,
+    whole: bool = False,
+    ignore: Tensor | None = None,
+) -> TrainingBatch:
+    images, masks, category = drawings(painted=painted)
+    if ignore is None:
+        ignore = torch.zeros_like(masks).bool()
+    images, masks = hide(images, ignore), masks * ~ignore
+    numbers = torch.zeros(4).long()
     with torch.no_grad():
-        features = model.encode(images, masks, category, torch.zeros(4).long(), whole=whole)
+        features = model.encode(images, masks, ignore, category, numbers, whole=whole)
     return TrainingBatch(features, category, torch.arange(4))
 
 
@@ -114,10 +136,10 @@ def assert_a_filter_learns(host: Any, templates: Any) -> None:
                 host.match(batch.image[:2], torch.full((2,), i)).query
                 for i, batch in enumerate(good_batches())
             ]
-        model.keep_templates([torch.cat(level) for level in zip(*levels, strict=True)])
+        model.keep_templates(levels)
     before = {name: tensor.clone() for name, tensor in host.state_dict().items()}
     batch = drawn(model)
-    model.prepare([batch])
+    model.set_scale([drawn(model, painted=False)])
     assert (model.good_range[:, 1] > model.good_range[:, 0]).all()
     optimizer = torch.optim.Adam(model.network.parameters(), lr=4e-3)
     losses = []
@@ -167,19 +189,51 @@ def test_the_hosts_scale() -> None:
     host_map = torch.rand((400, 1, 6, 6), generator=generator) * 3 + 1
     category = torch.arange(400) % 2
     host_map[category == 1] *= 10
-    mask = torch.zeros(400, 1, 8, 8)
-    mask[:2] = 1  # painted: no good pixels
-    host_map[:2] = 1000
+    mask = ignore = torch.zeros(400, 1, 8, 8)
     host_map *= 2e-9  # less than float16 holds, as a cache would have it
     parts = [part.half().float() for part in filtered._parted(host_map)]
-    model.prepare([TrainingBatch((*parts, mask), category, torch.arange(400))])
+    model.set_scale([TrainingBatch((*parts, mask, ignore), category, torch.arange(400))])
     for index, scale in ((0, 1), (1, 10)):
-        good = host_map[2:][category[2:] == index].flatten()
+        good = host_map[category == index].flatten()
         expected = torch.tensor([good.median(), good.quantile(0.995)])
         torch.testing.assert_close(model.good_range[index], expected, rtol=1e-3, atol=1e-3 * scale)
-    scaled = model._on_scale(host_map[2:], category[2:])
+    scaled = model._on_scale(host_map, category)
     assert scaled.min() == 0
     assert scaled.flatten().quantile(0.995) == pytest.approx(0.5, abs=1e-2)
+
+
+def test_the_hosts_scale_is_that_of_visible_pixels(tmp_path: Path) -> None:
+    model = behind(made("patchcore", tmp_path))
+    ignore = torch.zeros(4, 1, 96, 96, dtype=torch.bool)
+    ignore[..., 48:, :] = True
+    images, _, category = drawings(painted=False)
+    with torch.no_grad():
+        host_map = model.host.match(hide(images, ignore), category).host_map
+    batch = drawn(model, painted=False, ignore=ignore)
+    model.set_scale([batch])
+    for index in range(2):
+        good = host_map[category == index][..., : host_map.shape[-2] // 2, :].flatten()
+        expected = torch.tensor([good.median(), good.quantile(0.995)])
+        torch.testing.assert_close(model.good_range[index], expected, rtol=0.1, atol=0)
+        assert model.good_range[index, 1] < host_map[category == index].quantile(0.9) / 2  # grey
+    assert (model.drawn(batch).match.host_map[..., host_map.shape[-2] // 2 :, :] == 0).all()
+
+
+def test_ignored_regions_go_with_their_drawing(tree: Path) -> None:
+    """As large as the mask, and nothing that is painted is in them."""
+    samples = [sample for sample in read_data([tree]).train if sample.category == "wood"][:3]
+    masks = {"wood": np.zeros((72, 64), bool)}
+    masks["wood"][36:, :32] = True
+    synthesizer = Synthesizer(SynthesisConfig(clean_probability=0, min_area=0.2))
+    pictures = Pictures(samples, Transform(64), masks)
+    (image, mask, ignore, _, _), _, _ = Drawings(pictures, CATEGORIES, 2, synthesizer, 16).read(
+        range(6)
+    )
+    assert (image[..., 32:, :32] == 0.5).all()
+    expected = torch.zeros(6, 1, 16, 16, dtype=torch.bool)
+    expected[..., 8:, :8] = True
+    assert torch.equal(ignore, expected)
+    assert mask.any() and not (mask & ignore).any()
 
 
 @torch.no_grad()
@@ -187,19 +241,19 @@ def test_what_a_filter_learns_of_the_hosts_map(host: Any) -> None:
     """No more than its grid, and through a cache in float16 all but the rounding."""
     model = behind(host)
     batch, whole = drawn(model), drawn(model, whole=True)
-    expected, _ = model.match_of(whole)
+    expected = model.drawn(whole).match
     images, _, category = drawings()
     assert torch.equal(expected.host_map, host.match(images, category).host_map)
     rounded = [feature.half().float() for feature in batch.features]
-    found, _ = model.match_of(TrainingBatch(tuple(rounded), batch.category, batch.index))
+    found = model.drawn(TrainingBatch(tuple(rounded), batch.category, batch.index)).match
     grid = model.volume.grid
     assert found.host_map.numel() <= max(4 * grid[0] * grid[1], expected.host_map.numel() // 4)
     largest = expected.host_map.amax(dim=(1, 2, 3), keepdim=True)
     wanted = resize_aligned(expected.host_map, (found.host_map.shape[-2], found.host_map.shape[-1]))
     torch.testing.assert_close(found.host_map / largest, wanted / largest, rtol=1e-3, atol=1e-6)
     # What guides the network is the same in training as for an image that is judged.
-    model.prepare([batch])
-    found, _ = model.match_of(batch)
+    model.set_scale([drawn(model, painted=False)])
+    found = model.drawn(batch).match
     comparison = compare(expected.query, expected.template, model.volume)
     torch.testing.assert_close(
         model._guidance(comparison, found, None), model._guidance(comparison, expected, (96, 96))
@@ -331,13 +385,13 @@ def test_pictures_to_measure_on_are_kept_from_training() -> None:
 @pytest.mark.usefixtures("tiny_network")
 def test_what_is_measured_on_synthetic_pictures(host: Any) -> None:
     model = behind(host, fusion=0.25)
-    model.prepare([drawn(model)])
+    model.set_scale([drawn(model, painted=False)])
     batch = drawn(model, whole=True)
     model.eval()
     table = validate(model, [batch], (96, 96))
     assert table is not None
     with torch.inference_mode():
-        match, mask = model.match_of(batch)
+        match, mask = model.drawn(batch).match, model.drawn(batch).mask
         maps = model.maps(match, model.probability(match, (96, 96)), (96, 96))
         costs = cost_volume(compare(match.query, match.template, model.volume))
         least = resize_aligned(costs.amin(dim=1).mean(dim=1, keepdim=True), (96, 96))
@@ -348,9 +402,33 @@ def test_what_is_measured_on_synthetic_pictures(host: Any) -> None:
     assert table["fusion"]["0"] == table["host"] and table["fusion"]["1"] == table["filter"]
     expected = average_precision_score(positive, maps.fused.flatten().numpy())
     assert table["fusion"]["0.25"] == pytest.approx(expected, abs=1e-4)
-    clean = TrainingBatch((*batch.features[:-1], mask * 0), batch.category, batch.index)
+    clean = drawn(model, painted=False, whole=True)
     assert validate(model, [clean], (96, 96)) is None
     assert validate(model, [], (96, 96)) is None
+
+
+@pytest.mark.usefixtures("tiny_network")
+def test_ignored_pixels_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = behind(made("patchcore", tmp_path))
+    model.set_scale([drawn(model, painted=False)])
+    ignore = torch.zeros(4, 1, 96, 96, dtype=torch.bool)
+    ignore[..., :56, :] = True
+    batch = drawn(model, whole=True, ignore=ignore)
+    model.eval()
+    table = validate(model, [batch], (96, 96))
+    assert table is not None
+    images, masks, category = drawings()
+    seen = []
+    judge = model.probability
+    monkeypatch.setattr(model, "probability", lambda *a: seen.append(a[0].host_map) or judge(*a))
+    prediction = model.predict_parts(hide(images, ignore), category, ignore=ignore)
+    # What guides the network: as it was learned.
+    torch.testing.assert_close(seen, [model.drawn(batch).match.host_map])
+    positive = masks[~ignore].numpy()
+    for column, found in enumerate((table["fusion"]["0.5"], table["host"], table["filter"])):
+        values = prediction.anomaly_map[:, column : column + 1][~ignore].detach().numpy()
+        assert found == pytest.approx(average_precision_score(positive, values), abs=1e-4)
+    assert validate(model, [drawn(model, whole=True, ignore=ignore | True)], (96, 96)) is None
 
 
 def test_the_best_fusion() -> None:
@@ -375,6 +453,11 @@ def test_what_a_filter_refuses(allgood: Command, run: Path, tree: Path, tmp_path
     assert allgood.refused(*words, "--synthesis", "spott=1").startswith("unknown setting 'spott'")
     assert "trained in fp32" in allgood.refused(*words, "--train", "precision=bf16")
     assert allgood.refused(*words, "--draws", "0").startswith("draws must be at least 1")
+    for rate in ("0", "1"):
+        said = allgood.refused(*words, "--max-false-alarm", rate)
+        assert said.startswith("max_false_alarm must lie between 0 and 1")
+    said = allgood.refused("filter", run, tree / "wood", tree / "cloth", "--out", out)
+    assert said.startswith("the good pictures have other names")
     said = allgood.refused("filter", run, tree / "wood" / "test" / "good", "--out", out)
     assert "was fitted on" in said or "category" in said
     assert not out.exists()
@@ -396,3 +479,145 @@ def test_the_network_runs_once_whatever_size_is_asked_for(
         )
     assert len(calls) == 2 and large.anomaly_map.shape == (1, 1, 50, 70)
     torch.testing.assert_close(small.image_score, large.image_score)
+
+
+def test_a_bank_knows_its_pictures_by_name(tmp_path: Path) -> None:
+    host = made("patchcore", tmp_path)
+    samples = [sample for batch in good_batches() for sample in batch.sample]
+    require_others(host, tmp_path, samples, 0)
+    require_others(host, tmp_path, samples[1:], 1)  # the first is not there
+    others = [replace(sample, id=f"data/{sample.id}") for sample in samples]
+    for given, num_absent in (
+        (others, 0),
+        (others[1:], 1),
+        (others[:4] + samples[4:], 0),
+        (others[:1] + samples[1:], 0),
+        (others[:3] + others[4:], 100),
+    ):
+        with pytest.raises(InputError, match="have other names below their folder"):
+            require_others(host, tmp_path, given, num_absent)
+    learner = made("rd4ad", tmp_path)  # without a bank
+    require_others(learner, tmp_path, others, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "enough"),
+    [
+        ({"templates": 1}, False),
+        ({"templates": 1, "bank": "shared"}, True),
+        ({"templates": 2}, True),
+        ({"templates": 2, "num_neighbors": 37}, False),
+    ],
+)
+def test_a_bank_has_others_to_compare_each_picture_with(
+    tmp_path: Path, settings: dict[str, Any], enough: bool
+) -> None:
+    encoder = random_encoder("test_vit", (1,), norm=True)
+    host = fitted_bank("anomalydino", encoder, tmp_path, **settings)
+    samples = [sample for batch in good_batches() for sample in batch.sample]
+    image = torch.stack([picture(sample.category, i % 4) for i, sample in enumerate(samples)])
+    category = torch.arange(8) // 4
+    number = torch.tensor([image_number(sample.id) for sample in samples])
+    with torch.inference_mode():
+        if enough:
+            require_others(host, tmp_path, samples, 0)
+            host.match(image, category, image_number=number)
+        else:
+            with pytest.raises(InputError, match="too few pictures of category 'cloth'"):
+                require_others(host, tmp_path, samples, 0)
+            with pytest.raises(ValueError, match="too few for"):
+                host.match(image, category, image_number=number)
+
+
+def test_a_picture_is_drawn_no_more_often_than_it_is_seen() -> None:
+    train = TrainConfig(steps=1500, batch_size=8, learning_rate=1e-3)
+    assert [_draws(train, count) for count in (10, 2000, 5000, 10_000, 50_000)] == [6, 6, 3, 2, 1]
+
+
+def test_unreadable_pictures_are_no_templates(tmp_path: Path) -> None:
+    samples = list(read_data([draw_tree(tmp_path, ("wood",), train=5, good=0, bad=0)]).train)
+    for broken in samples[:2]:
+        broken.path.write_bytes(b"no picture")
+    config = FilterConfig(templates="good", num_templates=3)
+    for seed in range(3):
+        kept, taught = _kept_templates(samples, config, seed)
+        assert sorted(kept, key=samples.index) == samples[2:] and taught == samples[:2]
+    with pytest.raises(InputError, match="too few to keep 4 readable ones"):
+        _kept_templates(samples, replace(config, num_templates=4), 0)
+
+
+def test_templates_pass_the_network_in_batches(run: Path, tree: Path) -> None:
+    inspector = library.Inspector(run)
+    samples = list(read_data([tree]).train[:5])
+    (whole,) = inspector.query_features(samples)
+    parts = list(inspector.query_features(samples, batch_size=2))
+    assert [len(levels[0]) for levels in parts] == [2, 2, 1]
+    for level, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(pieces), level)
+
+
+@pytest.mark.usefixtures("tiny_network")
+def test_a_damaged_picture_is_left_out(allgood: Command, tmp_path: Path) -> None:
+    """Also where nothing is drawn unpainted, so that no drawing shows what good pictures are."""
+    data = draw_tree(tmp_path / "data", train=10, good=0, bad=0)
+    damaged = [data / "cloth" / "train" / "good" / f"00{i}.png" for i in range(2)]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:300])
+    host, out = tmp_path / "host", tmp_path / "out"
+    words = ["--settings", "coreset_ratio=0.1", "--calibration-share", "0"]
+    assert allgood("fit", data, "--out", host, *TINY, *words).code == 0
+    words = [*FILTER, *SETTINGS, "--synthesis", "clean_probability=0"]
+    answer = allgood("filter", host, data, "--out", out, *words)
+    assert answer.code == 0, answer.err
+    facts = json.loads((out / "provenance.json").read_text())
+    assert [path for path, _ in facts["unreadable"]] == [str(path) for path in damaged]
+    low, high = library.Inspector(out).detector.good_range.T
+    assert (low > 0).all() and (low < high).all() and (high < 1).all()
+
+
+@pytest.mark.usefixtures("tiny_network")
+def test_ignored_regions_have_no_part_in_a_filter(allgood: Command, tmp_path: Path) -> None:
+    data = draw_tree(tmp_path / "data", train=10, good=0, bad=0)
+    half = np.zeros((72, 64), np.uint8)
+    half[36:] = 255
+    ignore = save(Image.fromarray(half), tmp_path / "ignore.png")
+    words = ["--settings", "coreset_ratio=0.1", "--calibration-share", "0", "--ignore", ignore]
+    masked = tmp_path / "masked"
+    assert allgood("fit", data, "--out", masked, *TINY, *words).code == 0
+    bare = Path(shutil.copytree(masked, tmp_path / "bare"))  # the same, but for its masks
+    shutil.rmtree(bare / "ignore")
+    for host in (masked, bare):
+        words = [*FILTER, *SETTINGS, "--cache", tmp_path / "cache"]
+        answer = allgood("filter", host, data, "--out", tmp_path / "out" / host.name, *words)
+        assert answer.code == 0, answer.err
+    assert len(list((tmp_path / "cache").glob("*.lock"))) == 2
+    # The bank holds nothing grey, so ignored patches are far from it.
+    detector = library.Inspector(tmp_path / "out" / "masked").detector
+    grey = torch.full((2, 3, 32, 32), 0.5)
+    with torch.inference_mode():
+        distance = detector.host.match(grey, torch.arange(2)).host_map
+    assert (detector.good_range[:, 1] < 0.5 * distance.amin(dim=(1, 2, 3))).all()
+
+
+@pytest.mark.usefixtures("tiny_network")
+def test_the_hosts_scale_is_measured_once(
+    allgood: Command, run: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["filter", run, tree, "--out", tmp_path / "out", *FILTER, *SETTINGS]
+    measured: list[Tensor] = []
+    plain = FilteredDetector.set_scale
+
+    def measure(self: FilteredDetector, batches: Any) -> None:
+        plain(self, batches)
+        measured.append(self.good_range)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FilteredDetector, "set_scale", measure)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", killed)
+        assert allgood(*words).code != 0
+    assert allgood(*words).code == 0
+    (scale,) = measured
+    assert torch.equal(library.Inspector(tmp_path / "out").detector.good_range, scale)

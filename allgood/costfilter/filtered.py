@@ -41,8 +41,10 @@ from allgood.scoring import (
     gaussian_smooth,
     hidden_patches,
     hidden_pixels,
+    ignored_patches,
     resize_map,
     top_fraction_mean,
+    visible_rows,
 )
 from allgood.types import InputError, Match, Prediction, TrainingBatch
 
@@ -61,6 +63,17 @@ class Maps:
     def side_by_side(self) -> Tensor:
         """(B, 3, H, W): fused, host, filter."""
         return torch.cat([self.fused, self.host, self.filter], dim=1)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the host said of drawings, and what it should have found."""
+
+    match: Match
+    mask: Tensor
+    """(B, 1, E, E') bool: what was painted."""
+    ignore: Tensor
+    """(B, 1, E, E') bool: where nobody should look; nothing is painted there."""
 
 
 class FilteredDetector(nn.Module):
@@ -135,17 +148,21 @@ class FilteredDetector(nn.Module):
 
     # -- learning ----------------------------------------------------------------------------------
 
-    def keep_templates(self, levels: Sequence[Tensor]) -> None:
-        """Features of the good pictures to compare with, N of each category in order: L x
-        (K * N, C, h, w) of any grid."""
-        for i, level in enumerate(levels):
-            kept = resize_aligned(level, self.volume.grid)
-            getattr(self, f"template_{i}").copy_(kept.unflatten(0, (-1, self.config.num_templates)))
+    def keep_templates(self, batches: Iterable[Sequence[Tensor]]) -> None:
+        """Features of the K * N good pictures to compare with, N of each category in order:
+        batches of L levels (B, C, h, w) of any grid."""
+        done = 0
+        for levels in batches:
+            for i, level in enumerate(levels):
+                kept = getattr(self, f"template_{i}").flatten(0, 1)  # (K * N, C, *grid), a view
+                kept[done : done + len(level)] = resize_aligned(level, self.volume.grid)
+            done += len(levels[0])
 
     def encode(
         self,
         image: Tensor,
         mask: Tensor,
+        ignore: Tensor,
         category: Tensor,
         image_number: Tensor,
         *,
@@ -155,7 +172,7 @@ class FilteredDetector(nn.Module):
 
         Args:
             image: (B, 3, H, W) in [0, 1].
-            mask: (B, 1, E, E') what was painted, {0, 1}.
+            mask, ignore: see `Drawn`.
             category: (B,) int64.
             image_number: as in `Detector.match`.
             whole: keep a host_map that is finer than the volume's grid, up to the size of the
@@ -163,44 +180,57 @@ class FilteredDetector(nn.Module):
 
         Returns:
             query levels, template levels where the match brings them, host_map in two parts (see
-            `_parted`), mask.
+            `_parted`), mask, ignore: what `drawn` takes apart again.
         """
         match = self.host.match(image, category, image_number=image_number)
         templates = [] if self.own_templates else match.template
-        host_map, grid = match.host_map.float(), self.volume.grid
+        host_map, grid = hidden_patches(match.host_map.float(), ignore), self.volume.grid
         if not whole and host_map[0].numel() > grid[0] * grid[1]:
             host_map = resize_aligned(host_map, grid)
-        return (*match.query, *templates, *_parted(host_map), mask.float())
+        return (*match.query, *templates, *_parted(host_map), mask.float(), ignore.float())
 
-    def prepare(self, batches: Iterable[TrainingBatch]) -> None:
-        """Put the host's map of every category on a scale of its good pictures."""
+    def drawn(self, batch: TrainingBatch) -> Drawn:
+        """What `encode` gave, fresh or from a cache."""
+        *levels, scaled, exponent, mask, ignore = batch.features
+        query, rest = levels[: self.host_levels], levels[self.host_levels :]
+        templates = self._templates(batch.category) if self.own_templates else rest
+        match = Match(query, templates, _joined(scaled, exponent), batch.category)
+        return Drawn(match, mask > 0.5, ignore > 0.5)
+
+    def set_scale(self, batches: Iterable[TrainingBatch]) -> None:
+        """Put the host's map of every category on a scale of its good pictures.
+
+        Args:
+            batches: of every good picture as it is, nothing painted.
+        """
         values: list[list[Tensor]] = [[] for _ in self.categories]
         for batch in batches:
-            *_, scaled, exponent, mask = batch.features
-            host_map = _joined(scaled, exponent)
-            for i, index in enumerate(batch.category.tolist()):
-                if not mask[i].any():
-                    values[index].append(host_map[i].flatten())
+            drawn = self.drawn(batch)
+            host_map = drawn.match.host_map
+            ignored = ignored_patches(drawn.ignore, (host_map.shape[-2], host_map.shape[-1]))
+            for index, pixels in zip(
+                batch.category.tolist(), visible_rows(host_map.flatten(2).mT, ignored), strict=True
+            ):
+                values[index].append(pixels.flatten())
         for index, maps in enumerate(values):
-            if maps:
+            if any(len(pixels) for pixels in maps):
                 pixels = torch.cat(maps).double()
                 shares = torch.tensor(SHARES, dtype=torch.float64, device=pixels.device)
                 self.good_range[index] = _quantiles(pixels, shares).float()
 
-    def match_of(self, batch: TrainingBatch) -> tuple[Match, Tensor]:
-        """What the host said of drawings, and their masks (B, 1, E, E')."""
-        *levels, scaled, exponent, mask = batch.features
-        query, rest = levels[: self.host_levels], levels[self.host_levels :]
-        templates = self._templates(batch.category) if self.own_templates else rest
-        return Match(query, templates, _joined(scaled, exponent), batch.category), mask
+    def prepare(self, batches: Iterable[TrainingBatch]) -> None:
+        """Nothing: drawings may all be painted, so `set_scale` looks at the pictures before."""
 
     def training_loss(self, batch: TrainingBatch, step: int) -> Tensor:
-        match, mask = self.match_of(batch)
-        logits, classes = self._logits(match, self.network, with_classes=True)
+        drawn = self.drawn(batch)
+        logits, classes = self._logits(drawn.match, self.network, with_classes=True)
         hard = [i for i, name in enumerate(self.categories) if name in self.config.hard_categories]
         loss = LossConfig(gamma=self.config.gamma, hard_classes=tuple(hard), ssim=self.config.ssim)
-        mask, category = (x.repeat_interleave(self.passes, dim=0) for x in (mask, batch.category))
-        return filter_loss(logits, classes, mask > 0.5, category, loss)
+        mask, ignore, category = (
+            x.repeat_interleave(self.passes, dim=0)
+            for x in (drawn.mask, drawn.ignore, batch.category)
+        )
+        return filter_loss(logits, classes, mask, category, loss, ignore=ignore)
 
     # -- judging -----------------------------------------------------------------------------------
 
@@ -240,6 +270,7 @@ class FilteredDetector(nn.Module):
         `image_score` (B, 3) of the fused map, the host's and the filter's, scored alike."""
         size = (image.shape[-2], image.shape[-1])
         match = self.match(image, category)
+        match = replace(match, host_map=hidden_patches(match.host_map, ignore))
         probability = self.probability(match, size)
         maps = self.maps(match, probability, size, ignore=ignore).side_by_side()
         score = top_fraction_mean(maps.flatten(0, 1), self.config.top_fraction)

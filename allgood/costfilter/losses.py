@@ -52,7 +52,13 @@ REFERENCE = LossConfig(gamma="reference")
 
 
 def filter_loss(
-    logits: Tensor, class_logits: Tensor | None, mask: Tensor, category: Tensor, config: LossConfig
+    logits: Tensor,
+    class_logits: Tensor | None,
+    mask: Tensor,
+    category: Tensor,
+    config: LossConfig,
+    *,
+    ignore: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of all terms; without class logits, no cross-entropy and gamma 2.
 
@@ -61,6 +67,7 @@ def filter_loss(
         class_logits: (B, K), or None where there is one category only.
         mask: (B, 1, E, E') bool or {0, 1}.
         category: (B,) int64 in [0, K).
+        ignore: (B, 1, E, E') bool: pixels that teach nothing; the mask is False there.
 
     Returns:
         scalar.
@@ -69,6 +76,9 @@ def filter_loss(
     with torch.autocast(logits.device.type, enabled=False):
         size = (mask.shape[-2], mask.shape[-1])
         probability = resize_aligned(logits.float().softmax(dim=1), size)
+        if ignore is not None:  # as if they were judged right, for certain
+            good = probability.new_tensor([1.0, 0.0]).view(1, 2, 1, 1)
+            probability = torch.where(ignore, good, probability)
         anomalous = probability[:, 1:]
         gamma = logits.new_full((len(logits),), 2.0, dtype=torch.float32)
         loss = torch.zeros((), device=logits.device)

@@ -26,7 +26,8 @@ PARTS = ("initial_map", "host", "filter")
 def validate(
     model: FilteredDetector, batches: Iterable[TrainingBatch], image_size: tuple[int, int]
 ) -> dict[str, Any] | None:
-    """Pixel AP of each of PARTS, and as `fusion` of the fused map for every lambda.
+    """Pixel AP of each of PARTS, and as `fusion` of the fused map for every lambda. Ignored pixels
+    do not count.
 
     Args:
         model: in evaluation mode.
@@ -37,35 +38,39 @@ def validate(
     Returns:
         None where nothing was painted, or everything.
     """
-    parts: dict[str, list[Tensor]] = {name: [] for name in (*PARTS, "mask")}
+    parts: dict[str, list[Tensor]] = {name: [] for name in (*PARTS, "mask", "visible")}
     for batch in batches:
         if not len(batch.index):
             continue
-        match, mask = model.match_of(batch)
-        size = (mask.shape[-2], mask.shape[-1])
-        probability = model.probability(match, image_size)
-        maps = model.maps(match, probability, image_size, map_size=size)
-        initial = resize_aligned(model.least_cost(match), size)
-        for name, values in zip(parts, (initial, maps.host, maps.filter, mask), strict=True):
+        drawn = model.drawn(batch)
+        size = (drawn.mask.shape[-2], drawn.mask.shape[-1])
+        probability = model.probability(drawn.match, image_size)
+        maps = model.maps(drawn.match, probability, image_size, ignore=drawn.ignore, map_size=size)
+        initial = resize_aligned(model.least_cost(drawn.match), size)
+        found = (initial, maps.host, maps.filter, drawn.mask, ~drawn.ignore)
+        for name, values in zip(parts, found, strict=True):
             parts[name].append(values.cpu())
     if not parts["mask"]:
         return None
-    initial, host, filtered, mask = (torch.cat(values) for values in parts.values())
-    if not 0 < mask.mean() < 1:
+    initial, host, filtered, mask, visible = (torch.cat(values) for values in parts.values())
+    mask = mask[visible]
+    if mask.all() or not mask.any():
         return None
     lambdas = sorted({*FUSIONS, model.config.fusion})
     return {
-        "initial_map": pixel_ap(initial, mask),
-        "host": pixel_ap(host, mask),
-        "filter": pixel_ap(filtered, mask),
-        "fusion": {f"{x:g}": pixel_ap(model.fuse(host, filtered, x), mask) for x in lambdas},
+        "initial_map": pixel_ap(initial[visible], mask),
+        "host": pixel_ap(host[visible], mask),
+        "filter": pixel_ap(filtered[visible], mask),
+        "fusion": {
+            f"{x:g}": pixel_ap(model.fuse(host, filtered, x)[visible], mask) for x in lambdas
+        },
     }
 
 
 def pixel_ap(anomaly_map: Tensor, mask: Tensor) -> float:
-    """Average precision of all pixels together; both (B, 1, H, W), mask in {0, 1}."""
+    """Average precision of all pixels together; both of one shape, the mask bool."""
     scores = anomaly_map.flatten().double().numpy()
-    return average_precision(groups_of_scores(scores, mask.flatten().numpy() > 0.5)).value
+    return average_precision(groups_of_scores(scores, mask.flatten().numpy())).value
 
 
 def mean_over(categories: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
