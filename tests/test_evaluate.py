@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 import allgood as library
-from allgood import evaluating
+from allgood import results
 from allgood.calibration import threshold
 from allgood.data.transforms import Transform
 from allgood.evaluation import judged
@@ -319,7 +319,7 @@ def test_gallery_is_spread_over_the_categories(
 ) -> None:
     gallery = library.evaluate(run, tree, out=tmp_path).content.gallery
     assert [item.category for item in gallery].count("cloth") >= 3
-    monkeypatch.setattr(evaluating, "GALLERY_SIZE", 4)
+    monkeypatch.setattr(results, "GALLERY_SIZE", 4)
     few = library.evaluate(run, tree, out=tmp_path).content.gallery
     assert [item.category for item in few] == ["cloth", "cloth", "wood", "wood"]
     assert {item.name for item in few} < {item.name for item in gallery}
@@ -331,7 +331,7 @@ def test_numbers_are_written_before_the_gallery_is_drawn(
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(evaluating, "_gallery", fail)
+    monkeypatch.setattr(results, "gallery", fail)
     with pytest.raises(MemoryError):
         library.evaluate(run, tree, out=tmp_path)
     assert metrics_in(tmp_path)["categories"]["wood"]["image_auroc"]["value"] > 0.9

@@ -56,20 +56,22 @@ DOORS = {
         *("ignored", "pictures", "recipes", "training", "inference", "calibrating"),
         *("learning", "fit_job"),
     },
+    "filter_job": {
+        *("types", "costfilter", "drawing", "runs", "progress", "unfinished", "ignored"),
+        *("pictures", "own_state", "training", "inference", "calibrating", "learning"),
+    },
     "filtering": {
         *("types", "data", "drawing", "pictures", "costfilter", "recipes", "runs", "progress"),
-        "unfinished",
-        *("ignored", "own_state", "training", "inference", "calibrating", "learning"),
+        *("unfinished", "ignored", "training", "inference", "calibrating", "learning"),
+        "filter_job",
     },
     "converting": {
         *("types", "data", "encoders", "detectors", "official", "costfilter", "recipes"),
         *("runs", "progress", "unfinished", "own_state", "ignored", "pictures"),
         *("inference", "learning"),
     },
-    "evaluating": {
-        *("types", "data", "metrics", "evaluation", "calibration", "runs"),
-        *("progress", "inference"),
-    },
+    "results": {"types", "data", "metrics", "evaluation", "calibration", "runs", "inference"},
+    "evaluating": {"types", "data", "evaluation", "runs", "progress", "inference", "results"},
     "synthesizing": {
         *("types", "data", "evaluation", "runs", "progress", "recipes", "inference"),
     },
