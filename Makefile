@@ -24,7 +24,7 @@ lint: .venv/ready
 	@$(PYTHON) -m venv .venv || \
 	  { echo "could not make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --editable '.[demo,train,test]'
+	$(BIN)/uv pip install --python $(BIN)/python --editable '.[demo,export,openvino,train,test]'
 	@touch $@
 
 clean:

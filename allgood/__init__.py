@@ -10,6 +10,7 @@ __all__ = [
     "calibrate",
     "convert",
     "evaluate",
+    "export",
     "filter",
     "fit",
     "synthesize",
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from allgood.calibrating import calibrate
     from allgood.converting import convert
     from allgood.evaluating import evaluate
+    from allgood.exporting import export
     from allgood.filtering import filter
     from allgood.fitting import fit
     from allgood.inference import Inspector
@@ -31,6 +33,7 @@ _HOME = {
     "calibrate": "allgood.calibrating",
     "convert": "allgood.converting",
     "evaluate": "allgood.evaluating",
+    "export": "allgood.exporting",
     "filter": "allgood.filtering",
     "fit": "allgood.fitting",
     "synthesize": "allgood.synthesizing",

@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "measure a run on test pictures: table, metrics.json, report.html",
     "filter": "train a CostFilter behind a fitted detector",
     "synthesize": "draw anomalies with masks into good pictures: a test set where none exists",
+    "export": "make one fast graph of a run, for machines that only judge",
     "convert": "make a run of an official checkpoint",
     "list": "name the detectors, encoders, recipes, filter presets or data layouts",
 }
@@ -192,6 +193,10 @@ def _command(name: str) -> Callable[..., Any]:
             from allgood.calibrating import calibrate
 
             return calibrate
+        case "export":
+            from allgood.exporting import export
+
+            return export
         case "evaluate":
             from allgood.evaluating import evaluate
 

@@ -204,6 +204,7 @@ def _convert_filter(
             f"{' or '.join(variant.presets)}, or leave it out"
         )
     inspector = Inspector(host, device=device)
+    inspector.require_fitted("convert")
     kind = inspector.config["detector"]["name"]
     if "filter" in inspector.config or kind != variant.host:
         raise InputError(

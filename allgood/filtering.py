@@ -239,6 +239,7 @@ def _open_host(run: Path, device: str) -> Inspector:
     from allgood.inference import Inspector
 
     inspector = Inspector(run, device=device)
+    inspector.require_fitted("filter")
     if "filter" in inspector.config:
         raise InputError(f"run '{run}' has a filter already: give the run behind it")
     if inspector.transform.keep_aspect:

@@ -16,22 +16,19 @@ from scipy import ndimage
 from torch import Tensor
 
 from allgood.calibration import Calibration
-from allgood.costfilter.config import FilterConfig
-from allgood.costfilter.filtered import FilteredDetector
 from allgood.data.batches import MaskSize, load_batches
 from allgood.data.files import did_you_mean, pictures_below
 from allgood.data.images import read_image, shown
 from allgood.data.transforms import Box, Transform
-from allgood.detectors import detector_classes
-from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
-from allgood.encoders.tiled import tiled
 from allgood.evaluation.overlay import heat_overlay
+from allgood.exported import ExportedDetector
 from allgood.ignored import hide, read_masks, to_inputs
 from allgood.own_state import load_own_state
 from allgood.runs import (
     CALIBRATION,
     CONFIG,
     ENCODER,
+    MODEL,
     WEIGHTS,
     read_config,
     read_json,
@@ -108,6 +105,7 @@ class Inspector:
     Attributes:
         categories: what it learned.
         calibration: thresholds, or None before calibration.
+        is_exported: whether a graph judges, see `allgood.export`.
     """
 
     def __init__(
@@ -130,7 +128,13 @@ class Inspector:
         """
         self.run = Path(run)
         self.config = read_config(self.run)
-        self.device = choose_device(device)
+        self.is_exported = self.config.get("exported", False)
+        if self.is_exported and (device not in ("auto", "cpu") or precision != "fp32"):
+            raise InputError(
+                f"run '{self.run}' is exported, so it judges on the CPU in fp32: leave out "
+                "--device and --precision"
+            )
+        self.device = choose_device("cpu" if self.is_exported else device)
         self.precision = precision
         try:
             self._build()
@@ -139,8 +143,9 @@ class Inspector:
                 f"{self.run / CONFIG} is damaged ({type(error).__name__}: {error}): "
                 "fit the run again"
             ) from error
-        load_weights(self.detector, self.run / WEIGHTS)
-        self.detector.to(self.device).eval()
+        if not self.is_exported:
+            load_weights(self.detector, self.run / WEIGHTS)
+            self.detector.to(self.device).eval()
         self.ignore = read_masks(self.run, self.categories)
         masks = list(self.ignore.values())
         self._same_ignore = len(masks) == len(self.categories) and all(
@@ -153,6 +158,17 @@ class Inspector:
         config = self.config
         self.categories: tuple[str, ...] = tuple(config["categories"])
         self.transform = Transform.from_json(config["transform"])
+        self.detector: Any
+        if self.is_exported:
+            self.detector = ExportedDetector(self.run / MODEL)
+            return
+        # Only here: an exported run starts without timm.
+        from allgood.costfilter.config import FilterConfig
+        from allgood.costfilter.filtered import FilteredDetector
+        from allgood.detectors import detector_classes
+        from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
+        from allgood.encoders.tiled import tiled
+
         encoder_config = EncoderConfig.from_json(config["encoder"]["settings"])
         if encoder_config.weights == ENCODER:  # a converted run brings its encoder along
             encoder_config = replace(encoder_config, weights=str(self.run / ENCODER))
@@ -312,6 +328,13 @@ class Inspector:
                     "number: its weights are damaged, fit it again"
                 )
         return prediction
+
+    def require_fitted(self, command: str) -> None:
+        """Raises InputError for an exported run, which cannot learn, nor be made anything of."""
+        if self.is_exported:
+            raise InputError(
+                f"run '{self.run}' is exported: give `{command}` the run that it was made of"
+            )
 
     def index_of(self, category: str) -> int:
         """Raises InputError where the category was never learned."""

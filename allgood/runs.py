@@ -3,6 +3,7 @@
 config.json         resolved settings; moved in last, so a folder that has it is complete
 weights.safetensors trained weights and memory banks; never the frozen encoder's
 encoder.safetensors the frozen encoder's weights, in converted runs only
+model.onnx          in exported runs, instead of all weights: the whole detector as a graph
 training.jsonl      loss and rate while it was trained, one JSON line per report
 ignore/             masks of regions that nobody should look at, one PNG per category
 calibration.json    good scores and thresholds per category, and the promise made
@@ -40,12 +41,18 @@ CALIBRATION = "calibration.json"
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
 ENCODER = "encoder.safetensors"
+MODEL = "model.onnx"
+MODEL_DATA = "model.onnx.data"
+"""Beside a graph of more than 2 GB, which one file of its format cannot hold."""
 TRAINING_LOG = "training.jsonl"
 REPORT = "report.html"
 IGNORE = "ignore"
 STATE = "state"
 
-_PARTS = (WEIGHTS, ENCODER, IGNORE, CALIBRATION, PROVENANCE, TRAINING_LOG, METRICS, REPORT)
+_PARTS = (
+    *(WEIGHTS, ENCODER, MODEL, MODEL_DATA, IGNORE, CALIBRATION),
+    *(PROVENANCE, TRAINING_LOG, METRICS, REPORT),
+)
 """Everything that belongs to one fit, but for the config, which stands for the whole."""
 _FINISHED = "finished.json"
 """In a new run's folder: names the files of the run, once all of them are there."""

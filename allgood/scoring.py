@@ -4,6 +4,7 @@ Letters: B images, H W pixels, h w patches.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -48,16 +49,21 @@ def gaussian_filter(x: Tensor, size: int, sigma: float) -> Tensor:
 
     At the border the map is mirrored, its edge not repeated: c b | a b c.
     """
-    radius = size // 2
-    kernel = gaussian_kernel(sigma, radius)[None, None]
-
-    def along(side: int) -> Tensor:
-        """(S, S): each row blurs one position. On a CPU two products beat two convolutions."""
-        points = F.pad(torch.eye(side, dtype=kernel.dtype)[:, None], (radius,) * 2, mode="reflect")
-        return F.conv1d(points, kernel)[:, 0].T.to(x)
-
+    rows = _blur_matrix(x.shape[-2], size, sigma).to(x)
+    columns = _blur_matrix(x.shape[-1], size, sigma).to(x)
     with torch.autocast(x.device.type, enabled=False):  # products of distances stay float32
-        return along(x.shape[-2]) @ x @ along(x.shape[-1]).T
+        return rows @ x @ columns.T
+
+
+@lru_cache(maxsize=32)
+def _blur_matrix(side: int, size: int, sigma: float) -> Tensor:
+    """(side, side) float64: each row blurs one position. On a CPU two products of matrices beat two
+    convolutions."""
+    radius = size // 2
+    with torch.inference_mode(False):  # kept between calls, so of use to any mode
+        points = torch.eye(side, dtype=torch.float64)[:, None]
+        kernel = gaussian_kernel(sigma, radius)[None, None]
+        return F.conv1d(F.pad(points, (radius,) * 2, mode="reflect"), kernel)[:, 0].T
 
 
 def _reflected(index: Tensor, size: int) -> Tensor:

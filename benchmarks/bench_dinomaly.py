@@ -4,7 +4,8 @@
     python benchmarks/bench_dinomaly.py inspect [--sizes 1 8]
     python benchmarks/bench_dinomaly.py memory [--sides 280 392]
 
-`train`: seconds per optimizer step. `inspect`: images per second, and how far the maps differ.
+`train`: seconds per optimizer step. `inspect`: images per second, and how far the maps differ; on a
+CPU also of what `allgood export` makes of ours, by the engine that it would take here.
 `memory`: peak resident memory of a few training steps from the cache, in a process of its own.
 The reference is rebuilt in plain_dinomaly.py from the paper's description of it. `reference` stops
 after the last block it keeps, as the authors' code does; `all blocks` runs the whole encoder, as a
@@ -15,7 +16,7 @@ Letters: B images, L kept layers, N tokens with prefix, P patches, C channels, h
 """
 
 import argparse
-import math
+import copy
 import resource
 import subprocess
 import sys
@@ -30,10 +31,12 @@ from safetensors.torch import load_file, save_file
 from timing import CachedBatches, autocast, interleaved, print_ratios
 from torch import Tensor, nn
 
-from allgood.detectors.dinomaly import Dinomaly, DinomalyConfig
+from allgood.detectors.dinomaly import SCORE_SIDE, Dinomaly, DinomalyConfig
 from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
+from allgood.exported import INFER, ExportedDetector
+from allgood.graph import Graph, write_onnx
 from allgood.training.optim import StableAdamW
-from allgood.types import TrainingBatch
+from allgood.types import Prediction, TrainingBatch
 
 GRADIENT_CLIP = 0.1
 
@@ -176,44 +179,78 @@ def check_first_step(
 # Inspection -------------------------------------------------------------------------------------
 
 
+class AtScoreSide(nn.Module):
+    """Ours with the maps of the reference's size, to be exported."""
+
+    def __init__(self, ours: Dinomaly) -> None:
+        super().__init__()
+        self.host = ours
+
+    def predict(self, image: Tensor, category: Tensor | None, *, ignore: None) -> Prediction:
+        return self.host.predict(image, category, map_size=(SCORE_SIDE, SCORE_SIDE))
+
+
+def exported(ours: Dinomaly, side: int, folder: Path) -> ExportedDetector:
+    inputs = {"image": torch.rand(1, 3, side, side), "category": torch.tensor([INFER])}
+    write_onnx(Graph(AtScoreSide(copy.deepcopy(ours))), inputs, folder / "model.onnx")
+    return ExportedDetector(folder / "model.onnx")
+
+
 def inspect(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     plain, ours = build(arguments.model, dropout=0.2, device=device)
     plain.eval()
     ours.eval()
-    for batch_size in arguments.sizes:
-        image = torch.rand(batch_size, 3, arguments.side, arguments.side, device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        graph = exported(ours, arguments.side, Path(folder)) if device.type == "cpu" else None
+        for batch_size in arguments.sizes:
+            image = torch.rand(batch_size, 3, arguments.side, arguments.side, device=device)
+            inspect_batch(plain, ours, graph, image, max(1, arguments.images // batch_size))
 
-        def judged(bf16: bool, image: Tensor = image):
-            with torch.inference_mode(), autocast(device, bf16):
-                return ours.predict(image, map_size=(256, 256))
 
-        def judged_plainly(all_blocks: bool, image: Tensor = image):
-            with torch.no_grad():
-                return plain.predict(image, all_blocks)
+def inspect_batch(
+    plain: PlainDinomaly,
+    ours: Dinomaly,
+    graph: ExportedDetector | None,
+    image: Tensor,
+    rounds: int,
+) -> None:
+    device, size = image.device, (SCORE_SIDE, SCORE_SIDE)
 
-        expected, scores = judged_plainly(False)
-        print(f"batch {batch_size}; maps of the reference reach {expected.max().item():.4f}")
-        for name, bf16, limit in (("fp32", False, 1e-5), ("bf16", True, math.inf)):
-            prediction = judged(bf16)
-            map_error = float((prediction.anomaly_map - expected).abs().max())
-            score_error = float((prediction.image_score - scores).abs().max())
-            print(f"  {name}: largest difference, map {map_error:.1e}, score {score_error:.1e}")
-            assert map_error <= limit
-        rounds = max(1, arguments.images // batch_size)
-        median = interleaved(
-            {
-                "reference": lambda: judged_plainly(False),
-                "all blocks": lambda: judged_plainly(True),
-                "ours fp32": lambda: judged(False),
-                "ours bf16": lambda: judged(True),
-            },
-            rounds,
-            device,
-        )
-        print(f"{'':<18}{'s per image':>12}{'images/s':>12}{'reference':>12}{'all blocks':>12}")
-        for name in median:
-            print_ratios(name, median, ("reference", "all blocks"), per=batch_size)
+    def judged(bf16: bool = False) -> Prediction:
+        with torch.inference_mode(), autocast(device, bf16):
+            return ours.predict(image, map_size=size)
+
+    def judged_plainly(all_blocks: bool = False) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return plain.predict(image, all_blocks)
+
+    sides: dict[str, Callable[[], Prediction]] = {
+        "ours fp32": judged,
+        "ours bf16": lambda: judged(bf16=True),
+    }
+    if graph is not None:
+        sides["exported fp32"] = lambda: graph.predict(image, map_size=size)
+    expected, scores = judged_plainly()
+    print(f"batch {len(image)}; maps of the reference reach {expected.max().item():.4f}")
+    for name, judge in sides.items():
+        prediction = judge()
+        map_error = float((prediction.anomaly_map - expected).abs().max())
+        score_error = float((prediction.image_score - scores).abs().max())
+        print(f"  {name}: largest difference, map {map_error:.1e}, score {score_error:.1e}")
+        assert "bf16" in name or map_error <= 1e-5
+    median = interleaved(
+        {
+            "reference": judged_plainly,
+            "all blocks": lambda: judged_plainly(all_blocks=True),
+            **sides,
+        },
+        rounds,
+        device,
+    )
+    print(f"{'':<18}{'s per image':>12}{'images/s':>12}{'reference':>12}{'all blocks':>12}")
+    for name in median:
+        print_ratios(name, median, ("reference", "all blocks"), per=len(image))
 
 
 # Memory -----------------------------------------------------------------------------------------

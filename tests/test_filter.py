@@ -65,8 +65,8 @@ def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return made(request.param, tmp_path_factory.mktemp("store"))
 
 
-def made(name: str, folder: Path) -> Any:
-    """A host that has learned next to nothing."""
+def made(name: str, folder: Path, **given: Any) -> Any:
+    """A detector that has learned next to nothing."""
     if name in LEARNERS:
         encoder_name, levels, settings = LEARNERS[name]
         return trained(name, random_encoder(encoder_name, levels), **{**settings, "steps": 5})
@@ -75,7 +75,7 @@ def made(name: str, folder: Path) -> Any:
         if name == "anomalydino"
         else random_encoder("test_efficientnet", (1, 2))
     )
-    return fitted_bank(name, encoder, folder, coreset_ratio=0.5)
+    return fitted_bank(name, encoder, folder, coreset_ratio=0.5, **given)
 
 
 def behind(host: Any, **settings: Any) -> FilteredDetector:

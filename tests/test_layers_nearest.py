@@ -56,6 +56,17 @@ def test_blocks_do_not_matter(
     torch.testing.assert_close(distance.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_hidden_rows_are_nobodys_neighbours(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "_BANK_BLOCK", 5)  # the first block is hidden as a whole
+    query, bank = rows(30, 6, 2), rows(23, 6, 3)
+    hidden = torch.arange(23) < 6
+    distance, index = nearest_distance(query, bank, k=k, hidden=hidden)
+    expected, where = brute_force(query, bank[6:], k)
+    assert torch.equal(index, where + 6)
+    torch.testing.assert_close(distance.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_real_block_sizes_are_crossed() -> None:
     query, bank = rows(1030, 4, 4), rows(4100, 4, 5)
     distance, index = nearest_distance(query, bank, k=2, engine="torch")

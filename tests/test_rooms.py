@@ -35,6 +35,8 @@ ROOMS = {
     "own_state": set(),
     "training": {"types", "runs", "progress", "own_state"},
     "recipes": {"types", "data"},
+    "exported": {"types", "scoring"},
+    "graph": {"types", "layers", "exported"},
 }
 """Room -> the rooms it may import; each only rooms above it. `allgood` is the version."""
 
@@ -42,7 +44,7 @@ DOORS = {
     "inference": {
         "costfilter",
         *("types", "data", "encoders", "detectors", "evaluation", "calibration", "runs"),
-        *("ignored", "own_state"),
+        *("ignored", "own_state", "exported"),
     },
     "calibrating": {"types", "data", "calibration", "runs", "progress", "inference"},
     "banking": {"types", "data", "layers", "pictures", "progress"},
@@ -70,6 +72,9 @@ DOORS = {
         *("runs", "progress", "unfinished", "own_state", "ignored", "pictures"),
         *("inference", "learning"),
     },
+    "exporting": {
+        *("types", "ignored", "runs", "progress", "unfinished", "exported", "graph", "inference"),
+    },
     "results": {"types", "data", "metrics", "evaluation", "calibration", "runs", "inference"},
     "evaluating": {"types", "data", "evaluation", "runs", "progress", "inference", "results"},
     "synthesizing": {
@@ -79,11 +84,11 @@ DOORS = {
     "cli": {
         *("types", "data", "encoders", "detectors", "recipes", "runs", "progress", "allgood"),
         *("inference", "calibrating", "fitting", "filtering", "converting", "evaluating", "demo"),
-        "synthesizing",
+        *("synthesizing", "exporting"),
     },
     "allgood": {
         *("types", "inference", "calibrating", "fitting", "filtering", "converting", "evaluating"),
-        "synthesizing",
+        *("synthesizing", "exporting"),
     },
     "__main__": {"cli"},
 }

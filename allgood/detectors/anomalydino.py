@@ -95,6 +95,8 @@ class AnomalyDINO(nn.Module):
         self.encoder = encoder
         self.categories = categories
         self.seed = seed
+        listed = {"off": (), "listed": MASKED_CATEGORIES, "all": categories}[config.mask_background]
+        self.masked = tuple(name for name in categories if name in listed)
         self.references = CategoryReferences(len(categories), sum(encoder.channels))
         self.bank: Tensor
         self.bank_category: Tensor
@@ -198,24 +200,32 @@ class AnomalyDINO(nn.Module):
         tokens = self.embed(levels)
         query = F.normalize(tokens, dim=1, eps=1e-12)
         batch, _, height, width = query.shape
-        visible = torch.ones(batch, height, width, dtype=torch.bool, device=query.device)
-        for i, name in enumerate(self.categories[index] for index in category.tolist()):
-            if self.config.mask_background == "all" or (
-                self.config.mask_background == "listed" and name in MASKED_CATEGORIES
-            ):
-                visible[i] = foreground_mask(
-                    tokens[i], self.config.mask_threshold, morphology=self.config.morphology
-                )
+        visible = self._visible(tokens, category) if self.masked else None
         rows = query.flatten(2).transpose(1, 2)  # (B, N, C)
         own = None if self.config.bank == "shared" else (category, self.bank_category)
         not_from = None if image_number is None else (image_number, self.bank_image)
         k = self.config.num_neighbors
         squared, nearest = search_bank(
-            rows, self.bank, k, own=own, visible=visible.flatten(1), not_from=not_from
+            rows, self.bank, k, own=own, visible=visible, not_from=not_from
         )
         # Of unit vectors, half the squared distance is 1 - cosine.
         distance = squared.view(batch, 1, height, width, k).mean(dim=-1) / 2
         return query, distance, nearest.view(batch, height, width, k), category
+
+    def _visible(self, tokens: Tensor, category: Tensor) -> Tensor:
+        """(B, N) bool: patches of the object, in pictures of a category that is `masked`."""
+        if torch.compiler.is_compiling():
+            raise InputError(
+                "a graph cannot mask the background, which rests on each picture's own components: "
+                "fit with --settings mask_background=off"
+            )
+        visible = torch.ones_like(tokens[:, 0], dtype=torch.bool)
+        for i, index in enumerate(category.tolist()):
+            if self.categories[index] in self.masked:
+                visible[i] = foreground_mask(
+                    tokens[i], self.config.mask_threshold, morphology=self.config.morphology
+                )
+        return visible.flatten(1)
 
 
 def foreground_mask(

@@ -223,6 +223,11 @@ class PatchCore(nn.Module):
 
         s = (1 - exp ||q - m*|| / sum over the b nearest rows m of m*: exp ||q - m||) ||q - m*||
         """
+        if torch.compiler.is_compiling():
+            raise InputError(
+                "a graph cannot weigh the score by the worst patch's neighbours: fit with "
+                "--settings reweight=0"
+            )
         scores = []
         for features, patches, rows, index in zip(
             query.flatten(2), distance.flatten(1), nearest[..., 0].flatten(1), category, strict=True

@@ -136,6 +136,8 @@ def search_bank(
     if not_from is not None:
         return _search_others(rows, bank, k, own, visible, *not_from)
     batch, patches, _ = rows.shape
+    if torch.compiler.is_compiling():
+        return _search_one(rows, bank, k, own)
     distance = rows.new_zeros(batch, patches, k)
     nearest = torch.zeros_like(distance, dtype=torch.int64)
     if visible is None:
@@ -156,6 +158,15 @@ def search_bank(
         found, row = nearest_distance(rows[mine], bank[begin:end], k=k)
         distance[mine], nearest[mine] = found, row + begin
     return distance, nearest
+
+
+def _search_one(
+    rows: Tensor, bank: Tensor, k: int, own: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """`search_bank` of one image in a graph, whose shapes cannot depend on the category."""
+    hidden = None if own is None else own[1] != own[0]
+    distance, nearest = nearest_distance(rows[0], bank, k=k, hidden=hidden)
+    return distance[None], nearest[None]
 
 
 def _search_others(

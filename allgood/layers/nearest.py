@@ -3,6 +3,7 @@
 Letters: N query rows, M bank rows, C channels, k neighbours.
 """
 
+import math
 from functools import cache
 from types import ModuleType
 from typing import Literal
@@ -25,6 +26,7 @@ def nearest_distance(
     bank: Tensor,
     *,
     k: int = 1,
+    hidden: Tensor | None = None,
     engine: Literal["auto", "torch", "faiss"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Squared Euclidean distances from each query row to its k nearest bank rows.
@@ -37,6 +39,8 @@ def nearest_distance(
         query: (N, C) float32.
         bank: (M, C) float32, M >= k, on the query's device.
         k: number of neighbours.
+        hidden: (M,) bool, bank rows that are nobody's neighbours; torch's search only. At least k
+            rows must be left.
         engine: `faiss` needs the package and CPU tensors; `auto` takes it where there and faster.
 
     Returns:
@@ -56,7 +60,9 @@ def nearest_distance(
             "both must come from the same encoder and levels"
         )
     small = len(query) * len(bank) <= _FAISS_BELOW and query.device.type == "cpu"
-    faiss = _faiss() if engine == "faiss" or (engine == "auto" and small) else None
+    # A graph that is traced holds torch's operators only.
+    faiss_pays = small and hidden is None and not torch.compiler.is_compiling()
+    faiss = _faiss() if engine == "faiss" or (engine == "auto" and faiss_pays) else None
     if faiss is None and engine == "faiss":
         raise InputError("faiss is not installed: pip install faiss-cpu")
     if faiss is not None:
@@ -64,6 +70,8 @@ def nearest_distance(
         nearest = torch.from_numpy(index)
     else:
         squares = bank.square().sum(dim=1)
+        if hidden is not None:
+            squares = squares.masked_fill(hidden, math.inf)
         nearest = torch.cat(
             [_nearest_rows(part, bank, squares, k) for part in query.split(_QUERY_BLOCK)]
         )
@@ -75,7 +83,7 @@ def nearest_distance(
             )
         ]
     )
-    distance, order = distance.sort(dim=1, stable=True)
+    distance, order = distance.sort(dim=1)
     return distance, nearest.gather(1, order)
 
 
