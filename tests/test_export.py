@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -267,3 +268,25 @@ def test_a_graph_that_answers_otherwise_is_not_kept(
     with pytest.raises(InputError, match="answers otherwise than the run"):
         library.export(run, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_program_of_the_docs(graph: Path, run: Path, tree: Path, tmp_path: Path) -> None:
+    """It runs without PyTorch and says what `inspect` says."""
+    text = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "judge.py").write_text(
+        f"import sys\nsys.modules['torch'] = sys.modules['allgood'] = None\n{program}",
+        encoding="utf-8",
+    )
+    inspector = library.Inspector(run)
+    for kind in ("good", "hole"):
+        path = tree / "wood" / "test" / kind / "000.png"
+        command = [sys.executable, tmp_path / "judge.py", graph, path]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stderr
+        (inspection,) = inspector.inspect([path])
+        first, second = (line.split() for line in answer.stdout.splitlines())
+        assert first[0] == "wood"
+        assert float(first[2]) == pytest.approx(inspection.image_score, rel=0.02)
+        assert (first[3] == "alarm") == inspection.is_anomalous == (kind == "hole")
+        assert (int(second[0]) > 0) == (kind == "hole")
