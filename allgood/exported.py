@@ -6,6 +6,7 @@ Letters: B images, P parts of the map (1, or 3 behind a CostFilter), H W pixels.
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,18 +44,20 @@ class OpenVino:
         self._core = openvino.Core()
         self._model = self._core.read_model(model)
         self._queues: dict[str, Any] = {}
+        self._lock = Lock()
 
     def __call__(self, feeds: Sequence[Feed]) -> list[Answer]:
         answers: list[Answer] = [()] * len(feeds)
-        queue = self._queue("LATENCY" if len(feeds) == 1 else "THROUGHPUT")
 
         def keep(request: Any, number: int) -> None:
             answers[number] = [tensor.data.copy() for tensor in request.output_tensors]
 
-        queue.set_callback(keep)
-        for number, feed in enumerate(feeds):
-            queue.start_async(feed, number)
-        queue.wait_all()
+        with self._lock:  # a queue serves one caller at a time
+            queue = self._queue("LATENCY" if len(feeds) == 1 else "THROUGHPUT")
+            queue.set_callback(keep)
+            for number, feed in enumerate(feeds):
+                queue.start_async(feed, number)
+            queue.wait_all()
         return answers
 
     def _queue(self, hint: str) -> Any:
@@ -107,10 +110,15 @@ class ExportedDetector:
             InputError: the file is missing or damaged, or nothing here could run it.
         """
         engine = engine or installed_engines()[0]
+        if not model.is_file():
+            raise InputError(f"{model} is missing: export the run again")
         try:
             self._engine = engine(model)
         except Exception as error:  # each engine has its own
-            raise InputError(f"{model} is missing or damaged: export the run again") from error
+            reason = str(error).strip().rpartition("\n")[2]
+            raise InputError(
+                f"{model} cannot be used by {engine.__name__} ({reason}): export the run again"
+            ) from error
 
     def predict(
         self,
