@@ -92,6 +92,15 @@ def evaluate(
     if out.exists() and not out.is_dir():
         raise InputError(f"'{out}' is a file: name a folder with --out")
     inspector = Inspector(run, device=device)
+    if (
+        not pixel_size
+        and inspector.is_exported
+        and not inspector.config["exported"]["any_map_size"]
+    ):
+        raise InputError(
+            f"run '{run}' is exported and knows maps of one size: leave out --pixel-size 0, or "
+            "evaluate the run that it was made of"
+        )
     samples, num_seen = _test_samples(inspector, data, layout)
     require_writable(out, [METRICS, REPORT])
     judged = _judge(

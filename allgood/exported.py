@@ -3,7 +3,8 @@
 Letters: B images, P parts of the map (1, or 3 behind a CostFilter), H W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from allgood.progress import say
 from allgood.scoring import resize_map
 from allgood.types import InputError, Prediction
 
@@ -54,10 +56,13 @@ class OpenVino:
 
         with self._lock:  # a queue serves one caller at a time
             queue = self._queue("LATENCY" if len(feeds) == 1 else "THROUGHPUT")
+            queue.wait_all()  # for what an interrupted call has left
             queue.set_callback(keep)
-            for number, feed in enumerate(feeds):
-                queue.start_async(feed, number)
-            queue.wait_all()
+            try:
+                for number, feed in enumerate(feeds):
+                    queue.start_async(feed, number)
+            finally:
+                queue.wait_all()
         return answers
 
     def _queue(self, hint: str) -> Any:
@@ -88,28 +93,44 @@ ENGINES: dict[str, type[Engine]] = {"openvino": OpenVino, "onnxruntime": OnnxRun
 """By the name of their package, the faster one first."""
 
 
-def installed_engines() -> list[type[Engine]]:
-    """Raises InputError where there is none."""
-    found = [engine for package, engine in ENGINES.items() if find_spec(package)]
+def working_engines() -> Iterator[type[Engine]]:
+    """Those whose packages can be imported, each imported when it is asked for.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = False
+    for package, engine in ENGINES.items():
+        try:
+            import_module(package)
+        except Exception as error:  # a broken installation raises anything
+            if find_spec(package):
+                say(f"{package} is installed, but broken ({error}): it is left out")
+            continue
+        found = True
+        yield engine
     if not found:
-        raise InputError("nothing here runs exported models: pip install openvino (or onnxruntime)")
-    return found
+        raise InputError("nothing here runs exported runs: pip install openvino (or onnxruntime)")
 
 
 class ExportedDetector:
     """Judges as the detector that it was made of, to rounding, one size of image only."""
 
-    def __init__(self, model: Path, engine: type[Engine] | None = None) -> None:
+    def __init__(
+        self, model: Path, engine: type[Engine] | None = None, *, infers_category: bool = True
+    ) -> None:
         """Load a graph.
 
         Args:
             model: the .onnx file.
-            engine: None: the faster one of those installed.
+            engine: None: the fastest one that works here.
+            infers_category: see `Graph`.
 
         Raises:
             InputError: the file is missing or damaged, or nothing here could run it.
         """
-        engine = engine or installed_engines()[0]
+        self._infers_category = infers_category
+        engine = engine or next(working_engines())
         if not model.is_file():
             raise InputError(f"{model} is missing: export the run again")
         try:
@@ -142,6 +163,11 @@ class ExportedDetector:
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
         """As `FilteredDetector.predict_parts`, where there is a filter."""
+        if category is None and not self._infers_category:
+            raise InputError(
+                "this run cannot tell the categories apart: say which one the pictures show with "
+                "--category"
+            )
         if category is None:
             category = torch.full((len(image),), INFER)
         inputs = {"image": image, "category": category}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from allgood.exported import ExportedDetector
     from allgood.graph import Graph
     from allgood.inference import Inspector
+    from allgood.types import Prediction
 
 TOLERANCE = 1e-4
 """By which maps and scores may differ from PyTorch's, as a share of the largest value."""
@@ -45,7 +46,7 @@ def export(run: Path, *, out: Path = Path("exported"), overwrite: bool = False) 
     started = time.monotonic()
     import shutil
 
-    from allgood.exported import ExportedDetector, installed_engines
+    from allgood.exported import ExportedDetector, working_engines
     from allgood.graph import Graph, write_onnx
     from allgood.ignored import write_masks
     from allgood.inference import Inspector
@@ -64,8 +65,10 @@ def export(run: Path, *, out: Path = Path("exported"), overwrite: bool = False) 
     from allgood.unfinished import making, refuse_folder
 
     out = Path(out)
+    if out.resolve() == Path(run).resolve():
+        raise InputError(f"'{out}' is the run itself, and stays: name another folder with --out")
     refuse_folder(out, overwrite)
-    engines = installed_engines()
+    engines = list(working_engines())
     inspector = Inspector(run, device="cpu")
     inspector.require_fitted("export")
     if inspector.transform.keep_aspect:
@@ -80,10 +83,8 @@ def export(run: Path, *, out: Path = Path("exported"), overwrite: bool = False) 
         new.mkdir()
         say(f"tracing {run}")
         write_onnx(graph, _inputs(inspector), new / MODEL)
-        difference = max(
-            _difference(graph, ExportedDetector(new / MODEL, engine), inspector)
-            for engine in engines
-        )
+        models = [ExportedDetector(new / MODEL, engine) for engine in engines]
+        difference = max(_difference(graph, model, inspector) for model in models)
         if difference > TOLERANCE:
             raise InputError(
                 f"the graph of run '{run}' answers otherwise than the run (by {difference:.1e} of "
@@ -92,7 +93,11 @@ def export(run: Path, *, out: Path = Path("exported"), overwrite: bool = False) 
         write_masks(new, inspector.ignore)
         if inspector.calibration is not None:
             shutil.copyfile(inspector.run / CALIBRATION, new / CALIBRATION)
-        write_json(new / CONFIG, {**inspector.config, "exported": True})
+        exported = {
+            "infers_category": graph.infers_category,
+            "any_map_size": _resizes_alike(graph, models[0], inspector),
+        }
+        write_json(new / CONFIG, {**inspector.config, "exported": exported})
         known = read_json(inspector.run / PROVENANCE)
         facts = {
             "largest_difference": difference,
@@ -105,7 +110,7 @@ def export(run: Path, *, out: Path = Path("exported"), overwrite: bool = False) 
     return out
 
 
-def _inputs(inspector: Inspector, seed: int = 0, category: int | None = None) -> dict[str, Tensor]:
+def _inputs(inspector: Inspector, seed: int = 0, category: int | None = 0) -> dict[str, Tensor]:
     """Of a picture of noise, with a corner of it ignored where the run has ignored regions."""
     import torch
 
@@ -126,19 +131,40 @@ def _inputs(inspector: Inspector, seed: int = 0, category: int | None = None) ->
 def _difference(graph: Graph, exported: ExportedDetector, inspector: Inspector) -> float:
     """The largest one between the graph in PyTorch and in an engine, as a share of the largest
     value, over a picture for each category and one whose category is inferred."""
-    import torch
-
     largest = 0.0
-    for seed, category in enumerate((None, *range(len(inspector.categories)))):
+    categories: list[int | None] = list(range(len(inspector.categories)))
+    if graph.infers_category:
+        categories.append(None)
+    for seed, category in enumerate(categories):
         inputs = _inputs(inspector, seed, category)
-        with torch.no_grad():
-            expected = graph(**inputs)
-        answer = exported.predict_parts(
-            inputs["image"], inputs["category"], ignore=inputs.get("ignore")
-        )
-        if not torch.equal(expected[2], answer.category):
+        anomaly_map, score, judged_as = graph(**inputs)
+        answer = _ask(exported, inputs)
+        if int(judged_as) != int(answer.category):
             return float("inf")
-        for wanted, got in zip(expected[:2], (answer.anomaly_map, answer.image_score), strict=True):
-            scale = wanted.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-            largest = max(largest, float((wanted - got).abs().max() / scale))
+        largest = max(
+            largest, _share(anomaly_map, answer.anomaly_map), _share(score, answer.image_score)
+        )
     return largest
+
+
+def _resizes_alike(graph: Graph, exported: ExportedDetector, inspector: Inspector) -> bool:
+    """Whether the detector's map of another size is its map, resized; AnomalyDINO smooths after."""
+    inputs = _inputs(inspector)
+    height, width = inputs["image"].shape[-2:]
+    size = (2 * height, 3 * width)
+    anomaly_map, *_ = graph(**inputs, map_size=size)
+    return _share(anomaly_map, _ask(exported, inputs, size).anomaly_map) <= TOLERANCE
+
+
+def _ask(
+    exported: ExportedDetector, inputs: dict[str, Tensor], map_size: tuple[int, int] | None = None
+) -> Prediction:
+    ignore = inputs.get("ignore")
+    return exported.predict_parts(
+        inputs["image"], inputs["category"], ignore=ignore, map_size=map_size
+    )
+
+
+def _share(expected: Tensor, answer: Tensor) -> float:
+    """The largest difference as a share of the largest value."""
+    return float((expected - answer).abs().max() / expected.abs().max().clamp(min=1e-30))

@@ -16,39 +16,58 @@ from torch import Tensor, nn
 
 from allgood.exported import INFER
 from allgood.layers.categories import CategoryReferences
+from allgood.layers.memory_bank import rows_table
 from allgood.types import InputError, Prediction
 
 OUTPUTS = ("anomaly_map", "image_score", "judged_as")
 
 
 class Graph(nn.Module):
-    """What is traced: the detector, with the category as a number that may be INFER."""
+    """What is traced: the detector, with the category as a number that may be INFER.
+
+    The detector is told no category, so that it asks its references for one; and they answer with
+    what was given, where something was. So the detector is of no use outside the graph any more.
+
+    Attributes:
+        infers_category: whether INFER has an answer; a converted run may have learned none.
+    """
 
     def __init__(self, detector: Any) -> None:
-        """Takes the detector for itself: its categories are looked up here from now on."""
         super().__init__()
         self.detector = detector
         owner = getattr(detector, "host", detector)
-        self.references = owner.references = _GivenOrInferred(owner.references)
+        known: CategoryReferences = owner.references
+        self.infers_category = known.num_categories == 1 or len(known.features) > 0
+        self.references = owner.references = _GivenOrInferred(known, self.infers_category)
+        if hasattr(owner, "bank_category"):
+            owner.own_rows = rows_table(owner.bank_category, len(owner.categories))
 
+    @torch.no_grad()
     def forward(
-        self, image: Tensor, category: Tensor, ignore: Tensor | None = None
+        self,
+        image: Tensor,
+        category: Tensor,
+        ignore: Tensor | None = None,
+        map_size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         self.references.given = category
         predict = getattr(self.detector, "predict_parts", self.detector.predict)
-        prediction: Prediction = predict(image, None, ignore=ignore)
+        prediction: Prediction = predict(image, None, ignore=ignore, map_size=map_size)
         return prediction.anomaly_map, prediction.image_score, prediction.category
 
 
 class _GivenOrInferred(nn.Module):
     """CategoryReferences that look only where nobody says the category."""
 
-    def __init__(self, references: CategoryReferences) -> None:
+    def __init__(self, references: CategoryReferences, infers: bool) -> None:
         super().__init__()
         self.references = references
+        self.infers = infers
         self.given: Tensor
 
     def infer(self, levels: list[Tensor]) -> Tensor:
+        if not self.infers:
+            return self.given.clamp(min=0)  # as it is, OpenVINO would lose the input's name
         return torch.where(self.given == INFER, self.references.infer(levels), self.given)
 
 

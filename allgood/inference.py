@@ -128,7 +128,7 @@ class Inspector:
         """
         self.run = Path(run)
         self.config = read_config(self.run)
-        self.is_exported = self.config.get("exported", False)
+        self.is_exported = "exported" in self.config
         if self.is_exported and (device not in ("auto", "cpu") or precision != "fp32"):
             raise InputError(
                 f"run '{self.run}' is exported, so it judges on the CPU in fp32: leave out "
@@ -160,7 +160,9 @@ class Inspector:
         self.transform = Transform.from_json(config["transform"])
         self.detector: Any
         if self.is_exported:
-            self.detector = ExportedDetector(self.run / MODEL)
+            self.detector = ExportedDetector(
+                self.run / MODEL, infers_category=config["exported"]["infers_category"]
+            )
             return
         # Only here: an exported run starts without timm.
         from allgood.costfilter.config import FilterConfig
@@ -298,7 +300,8 @@ class Inspector:
             if ignored_as is None and self._same_ignore:
                 ignored_as = torch.zeros(len(image), dtype=torch.int64)
             elif ignored_as is None:  # the regions depend on the category: infer it first
-                ignored_as = category = self.detector.predict(image).category
+                nothing = torch.zeros_like(image[:, :1], dtype=torch.bool)  # a graph asks for it
+                ignored_as = category = self.detector.predict(image, ignore=nothing).category
             names = [self.categories[index] for index in ignored_as.tolist()]
             masks = to_inputs(self.ignore, names, batch.original_size, self.transform)
             ignore = masks.to(self.device)

@@ -178,7 +178,7 @@ def read_config(run: Path) -> dict[str, Any]:
     if not (run / CONFIG).is_file():
         if (run / STATE).is_dir():
             raise InputError(
-                f"run '{run}' is unfinished: the same `allgood fit` command as before completes it"
+                f"run '{run}' is unfinished: the same `allgood` command as before completes it"
             )
         raise InputError(f"'{run}' is not a run: it has no {CONFIG}")
     config = read_json(run / CONFIG)

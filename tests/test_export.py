@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from doors import IMAGE_SIZE, TINY, Command, content
+from PIL import Image
 from test_contract import LEARNERS
 from test_filter import behind, made
 from tiny import CATEGORIES, picture, with_defect
@@ -197,10 +198,12 @@ def test_a_graph_starts_without_what_only_learning_needs(graph: Path, tree: Path
     assert answer.stdout.splitlines()[-1] == "[]", answer.stderr
 
 
-def test_an_ignored_run(allgood: Command, tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_ignored_run(
+    engine: str, allgood: Command, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Masks of one category only: the graph is asked twice where it must infer which it is."""
-    from PIL import Image
-
+    monkeypatch.setattr(exported, "ENGINES", {engine: ENGINES[engine]})
     corner = np.zeros((72, 64), np.uint8)
     corner[30:, :] = 255
     (tmp_path / "masks").mkdir()
@@ -244,6 +247,7 @@ def test_what_cannot_be_done_with_a_graph(
     good = tree / "wood" / "test" / "good" / "000.png"
     out = tmp_path / "out"
     for words, said in (
+        (["export", graph, "--out", graph, "--overwrite"], "is the run itself, and stays"),
         (["export", graph, "--out", out], "give `export` the run that it was made of"),
         (["filter", graph, tree, "--out", out], "give `filter` the run that it was made of"),
         (["inspect", graph, good, "--precision", "bf16"], "leave out --device and --precision"),
@@ -280,6 +284,66 @@ def test_missing_packages(
     assert not out.exists()
 
 
+def test_a_broken_engine_is_left_out(
+    graph: Path, tree: Path, allgood: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino" / "__init__.py").write_text("raise OSError('no libopenvino.so')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    answer = allgood("inspect", graph, tree / "wood" / "test" / "good")
+    assert answer.code == 0 and len(answer.records) == 6
+    assert "openvino is installed, but broken (no libopenvino.so): it is left out" in answer.err
+
+
+def test_the_call_after_an_interrupted_one(tmp_path: Path) -> None:
+    write(made("patchcore", tmp_path), tmp_path / "model.onnx")
+    graph = ExportedDetector(tmp_path / "model.onnx", ENGINES["openvino"])
+    expected = graph.predict(images())
+    with pytest.raises((RuntimeError, ValueError)):
+        graph._engine([*feeds(images()), {"image": np.zeros((1, 3, 5, 5), np.float32)}])
+    assert_alike(graph.predict(images()), expected)
+
+
+def feeds(batch: Tensor) -> list[dict[str, np.ndarray]]:
+    category = np.array([INFER])
+    return [{"image": image[None].numpy(), "category": category} for image in batch]
+
+
+def test_a_run_that_cannot_tell_the_categories_apart(tmp_path: Path) -> None:
+    """As a converted one for which no good pictures were given."""
+    detector = made("dinomaly", tmp_path)
+    detector.references.features = detector.references.features[:0]
+    graph = Graph(copy.deepcopy(detector))
+    assert not graph.infers_category
+    write_onnx(graph, {"image": images()[:1], "category": torch.tensor([0])}, tmp_path / "m.onnx")
+    for engine in ENGINES.values():
+        model = ExportedDetector(tmp_path / "m.onnx", engine, infers_category=False)
+        with pytest.raises(InputError, match="say which one the pictures show with --category"):
+            model.predict(images())
+        category = torch.tensor([1, 0, 1])
+        with torch.inference_mode():
+            assert_alike(model.predict(images(), category), detector.predict(images(), category))
+
+
+def test_maps_of_the_pictures_own_size(allgood: Command, tree: Path, tmp_path: Path) -> None:
+    """AnomalyDINO smooths them in that size, which its graph cannot."""
+    for detector in ("anomalydino", "patchcore"):
+        run, out = tmp_path / detector, tmp_path / f"{detector}_graph"
+        words = ["--detector", detector, "--keep-aspect", "False", *TINY]
+        assert allgood("fit", tree, *words, "--out", run).code == 0
+        assert allgood("export", run, "--out", out).code == 0
+    said = allgood.refused("evaluate", tmp_path / "anomalydino_graph", tree, "--pixel-size", "0")
+    assert "leave out --pixel-size 0" in said
+    for name in ("patchcore", "patchcore_graph"):
+        assert allgood("evaluate", tmp_path / name, tree, "--pixel-size", "0").code == 0
+    old, new = (
+        json.loads((tmp_path / name / "metrics.json").read_text())["mean"]["pixel_ap"]["value"]
+        for name in ("patchcore", "patchcore_graph")
+    )
+    assert new == pytest.approx(old, rel=1e-3)
+
+
 def test_a_graph_that_answers_otherwise_is_not_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,14 +362,21 @@ def test_the_program_of_the_docs(graph: Path, run: Path, tree: Path, tmp_path: P
         encoding="utf-8",
     )
     inspector = library.Inspector(run)
-    for kind in ("good", "hole"):
-        path = tree / "wood" / "test" / kind / "000.png"
+    bad = tree / "wood" / "test" / "hole" / "000.png"
+    with Image.open(bad) as picture:
+        grey = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+        Image.fromarray(grey).save(tmp_path / "hole_16_bit.png")
+        exif = Image.Exif()
+        exif[0x0112] = 3  # upside down
+        picture.rotate(180).save(tmp_path / "hole_turned.png", exif=exif)
+    turned, deep = tmp_path / "hole_turned.png", tmp_path / "hole_16_bit.png"
+    for path in (tree / "wood" / "test" / "good" / "000.png", bad, turned, deep):
         command = [sys.executable, tmp_path / "judge.py", graph, path]
         answer = subprocess.run(command, capture_output=True, text=True)
         assert answer.returncode == 0, answer.stderr
         (inspection,) = inspector.inspect([path])
         first, second = (line.split() for line in answer.stdout.splitlines())
-        assert first[0] == "wood"
+        assert first[0] == inspection.category
         assert float(first[2]) == pytest.approx(inspection.image_score, rel=0.02)
-        assert (first[3] == "alarm") == inspection.is_anomalous == (kind == "hole")
-        assert (int(second[0]) > 0) == (kind == "hole")
+        assert (first[3] == "alarm") == inspection.is_anomalous == ("hole" in str(path))
+        assert (int(second[0]) > 0) == ("hole" in str(path))

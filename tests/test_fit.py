@@ -306,8 +306,7 @@ def unfinished(killer: Killer, few: Path, tmp_path: Path) -> Path:
 def test_unfinished_run_is_no_run(allgood: Command, unfinished: Path, few: Path) -> None:
     for words in (["inspect", unfinished, few], ["evaluate", unfinished, few]):
         assert allgood.refused(*words) == (
-            f"run '{unfinished}' is unfinished: the same `allgood fit` command as before "
-            "completes it"
+            f"run '{unfinished}' is unfinished: the same `allgood` command as before completes it"
         )
     assert "is unfinished" in allgood.refused("calibrate", unfinished, few)
 

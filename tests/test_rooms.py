@@ -35,7 +35,7 @@ ROOMS = {
     "own_state": set(),
     "training": {"types", "runs", "progress", "own_state"},
     "recipes": {"types", "data"},
-    "exported": {"types", "scoring"},
+    "exported": {"types", "scoring", "progress"},
     "graph": {"types", "layers", "exported"},
 }
 """Room -> the rooms it may import; each only rooms above it. `allgood` is the version."""

@@ -98,6 +98,7 @@ class AnomalyDINO(nn.Module):
         listed = {"off": (), "listed": MASKED_CATEGORIES, "all": categories}[config.mask_background]
         self.masked = tuple(name for name in categories if name in listed)
         self.references = CategoryReferences(len(categories), sum(encoder.channels))
+        self.own_rows: Tensor | None = None  # in graphs, see `search_bank`
         self.bank: Tensor
         self.bank_category: Tensor
         self.bank_image: Tensor
@@ -206,7 +207,7 @@ class AnomalyDINO(nn.Module):
         not_from = None if image_number is None else (image_number, self.bank_image)
         k = self.config.num_neighbors
         squared, nearest = search_bank(
-            rows, self.bank, k, own=own, visible=visible, not_from=not_from
+            rows, self.bank, k, own=own, own_rows=self.own_rows, visible=visible, not_from=not_from
         )
         # Of unit vectors, half the squared distance is 1 - cosine.
         distance = squared.view(batch, 1, height, width, k).mean(dim=-1) / 2

@@ -89,6 +89,7 @@ class PatchCore(nn.Module):
         self.categories = categories
         self.seed = seed
         self.references = CategoryReferences(len(categories), sum(encoder.channels))
+        self.own_rows: Tensor | None = None  # in graphs, see `search_bank`
         self.bank: Tensor
         self.bank_category: Tensor
         self.bank_image: Tensor
@@ -212,7 +213,9 @@ class PatchCore(nn.Module):
         own = None if self.config.bank == "shared" else (category, self.bank_category)
         not_from = None if image_number is None else (image_number, self.bank_image)
         k = self.config.num_neighbors
-        distance, nearest = search_bank(rows, self.bank, k, own=own, not_from=not_from)
+        distance, nearest = search_bank(
+            rows, self.bank, k, own=own, own_rows=self.own_rows, not_from=not_from
+        )
         distance = distance.view(batch, 1, height, width, k).mean(dim=-1)
         return query, distance, nearest.view(batch, height, width, k), category
 

@@ -113,6 +113,7 @@ def search_bank(
     k: int,
     *,
     own: tuple[Tensor, Tensor] | None = None,
+    own_rows: Tensor | None = None,
     visible: Tensor | None = None,
     not_from: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -123,6 +124,7 @@ def search_bank(
         bank: (M, C).
         own: the images' categories (B,) and the bank rows' (M,), ascending: search only rows of
             the image's own category. None: all rows.
+        own_rows: `rows_table` of the bank, for graphs: their shapes cannot depend on the category.
         visible: (B, N) bool; other patches get distance 0 to row 0. None: all.
         not_from: the images' numbers (B,) and the bank rows' (M,): no image is compared with rows
             of its own. None: with all rows.
@@ -136,8 +138,11 @@ def search_bank(
     if not_from is not None:
         return _search_others(rows, bank, k, own, visible, *not_from)
     batch, patches, _ = rows.shape
-    if torch.compiler.is_compiling():
-        return _search_one(rows, bank, k, own)
+    if visible is None and own is None:
+        distance, nearest = nearest_distance(rows.flatten(0, 1), bank, k=k)
+        return distance.unflatten(0, (batch, patches)), nearest.unflatten(0, (batch, patches))
+    if own is not None and own_rows is not None:
+        return _search_table(rows, bank, k, own_rows[own[0]])
     distance = rows.new_zeros(batch, patches, k)
     nearest = torch.zeros_like(distance, dtype=torch.int64)
     if visible is None:
@@ -160,13 +165,19 @@ def search_bank(
     return distance, nearest
 
 
-def _search_one(
-    rows: Tensor, bank: Tensor, k: int, own: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """`search_bank` of one image in a graph, whose shapes cannot depend on the category."""
-    hidden = None if own is None else own[1] != own[0]
-    distance, nearest = nearest_distance(rows[0], bank, k=k, hidden=hidden)
-    return distance[None], nearest[None]
+def rows_table(bank_category: Tensor, num_categories: int) -> Tensor:
+    """(K, R): the bank rows of each category, ascending, then -1 where it has fewer than R."""
+    groups = [(bank_category == i).nonzero().squeeze(1) for i in range(num_categories)]
+    return nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=-1)
+
+
+def _search_table(rows: Tensor, bank: Tensor, k: int, own_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`search_bank` of all patches of each image in the rows (B, R) of its category."""
+    found = []
+    for patches, mine in zip(rows, own_rows, strict=True):
+        distance, nearest = nearest_distance(patches, bank[mine], k=k, hidden=mine < 0)
+        found.append((distance, mine[nearest]))
+    return torch.stack([pair[0] for pair in found]), torch.stack([pair[1] for pair in found])
 
 
 def _search_others(
