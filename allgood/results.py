@@ -42,7 +42,7 @@ def report_content(
     provenance = read_json(inspector.run / PROVENANCE)
     results = [_category_result(judged, name, inspector) for name in judged.names()]
     detector = config["detector"]["name"] + (" with a CostFilter" if "filter" in config else "")
-    detector += ", exported" if inspector.is_exported else ""
+    detector = f"exported {detector}" if inspector.is_exported else detector
     return ReportContent(
         title=f"{detector} on {', '.join(inspector.categories)}",
         detector=detector,

@@ -186,7 +186,7 @@ class AtScoreSide(nn.Module):
         super().__init__()
         self.host = ours
 
-    def predict(self, image: Tensor, category: Tensor | None, *, ignore: None) -> Prediction:
+    def predict(self, image: Tensor, category: Tensor | None, **_: object) -> Prediction:
         return self.host.predict(image, category, map_size=(SCORE_SIDE, SCORE_SIDE))
 
 

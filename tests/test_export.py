@@ -167,7 +167,7 @@ def test_it_is_evaluated_and_calibrated(
     for name, metric in tables[0].items():
         for key in metric:
             assert tables[1][name][key] == pytest.approx(metric[key], abs=1e-3), name
-    assert "patchcore, exported" in (out / "report.html").read_text()
+    assert "exported patchcore on" in (out / "report.html").read_text()
     own = tmp_path / "own"
     library.export(run, out=own)
     assert allgood("calibrate", own, tree, "--max-false-alarm", "0.2").code == 0
