@@ -9,15 +9,23 @@ from tensor to tensor: no files are read. `torch` is the run itself.
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from timing import interleaved, print_ratios
+from torch import Tensor
 
 import allgood
 from allgood.exported import ENGINES, ExportedDetector
 from allgood.runs import MODEL
 from allgood.types import Prediction
+
+
+@torch.inference_mode()
+def judged(detector: Any, image: Tensor, ignore: Tensor | None) -> Prediction:
+    return detector.predict(image, ignore=ignore)
 
 
 def measure(run: Path, sizes: list[int], images: int) -> None:
@@ -29,16 +37,14 @@ def measure(run: Path, sizes: list[int], images: int) -> None:
         graphs = {name: ExportedDetector(out / MODEL, engine) for name, engine in ENGINES.items()}
         for size in sizes:
             image = torch.rand(size, 3, height, width)
-
-            @torch.inference_mode()
-            def judged(image: torch.Tensor = image) -> Prediction:
-                return inspector.detector.predict(image)
-
-            expected = judged().anomaly_map
-            sides: dict[str, Callable[[], object]] = {"torch": judged}
-            for name, graph in graphs.items():
-                sides[name] = lambda graph=graph, image=image: graph.predict(image)
-                error = float((graph.predict(image).anomaly_map - expected).abs().max())
+            ignore = torch.zeros(size, 1, height, width).bool() if inspector.ignore else None
+            sides: dict[str, Callable[[], Prediction]] = {
+                name: partial(judged, detector, image, ignore)
+                for name, detector in {"torch": inspector.detector, **graphs}.items()
+            }
+            expected = sides["torch"]().anomaly_map
+            for name in graphs:
+                error = float((sides[name]().anomaly_map - expected).abs().max())
                 print(f"  {name}: maps differ by {error / float(expected.abs().max()):.1e}")
             median = interleaved(sides, max(5, images // size), torch.device("cpu"))
             print(f"{f'batch {size}':<18}{'s per image':>12}{'images/s':>12}{'torch':>12}")
