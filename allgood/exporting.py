@@ -166,5 +166,6 @@ def _ask(
 
 
 def _share(expected: Tensor, answer: Tensor) -> float:
-    """The largest difference as a share of the largest value."""
-    return float((expected - answer).abs().max() / expected.abs().max().clamp(min=1e-30))
+    """The largest difference as a share of the largest value; infinite where one is no number."""
+    share = (expected - answer).abs().max() / expected.abs().max().clamp(min=1e-30)
+    return float(share.nan_to_num(nan=float("inf")))

@@ -344,6 +344,12 @@ def test_maps_of_the_pictures_own_size(allgood: Command, tree: Path, tmp_path: P
     assert new == pytest.approx(old, rel=1e-3)
 
 
+def test_what_is_no_number_differs() -> None:
+    one = torch.ones(3)
+    assert exporting._share(one, one * 1.5) == 0.5
+    assert exporting._share(one, one * torch.nan) == float("inf")
+
+
 def test_a_graph_that_answers_otherwise_is_not_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,7 +141,7 @@ def search_bank(
     if visible is None and own is None:
         distance, nearest = nearest_distance(rows.flatten(0, 1), bank, k=k)
         return distance.unflatten(0, (batch, patches)), nearest.unflatten(0, (batch, patches))
-    if own is not None and own_rows is not None:
+    if own is not None and own_rows is not None and visible is None:
         return _search_table(rows, bank, k, own_rows[own[0]])
     distance = rows.new_zeros(batch, patches, k)
     nearest = torch.zeros_like(distance, dtype=torch.int64)
