@@ -49,7 +49,8 @@ def calibrate(
         InputError: too few pictures for the rate, a category never learned, no good pictures.
     """
     from allgood.data.readers import read_data
-    from allgood.inference import Inspector, require_at_least
+    from allgood.inference import Inspector
+    from allgood.options import require_at_least
     from allgood.progress import say
     from allgood.runs import CALIBRATION, require_writable, write_json
 

@@ -63,7 +63,7 @@ def inspect(
     inspector = Inspector(run, device=device, precision=precision)
     for inspection in inspector.inspect(paths, category=category, batch_size=batch_size):
         if inspection.path in overlay_of and inspection.error is None:
-            overlay = inspector.overlay(inspection, read_image(inspection.path))
+            overlay = inspection.overlay(read_image(inspection.path))
             _save_png(overlay_of[inspection.path], overlay)
         print(_json_line(inspection.to_json()), flush=True)
 

@@ -88,8 +88,8 @@ def convert(
     from allgood.data.transforms import Transform
     from allgood.detectors import detector_classes
     from allgood.encoders.frozen import FrozenEncoder
-    from allgood.inference import choose_device, require_at_least
     from allgood.official import from_official, read
+    from allgood.options import choose_device, require_at_least
     from allgood.runs import ENCODER, FORMAT, command_line
     from allgood.unfinished import making, refuse_folder
 

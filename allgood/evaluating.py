@@ -74,7 +74,8 @@ def evaluate(
     from allgood.evaluation.numbers import numbers
     from allgood.evaluation.protocol import protocol
     from allgood.evaluation.report import render_report
-    from allgood.inference import Inspector, require_at_least
+    from allgood.inference import Inspector
+    from allgood.options import require_at_least
     from allgood.progress import say
     from allgood.results import gallery, num_calibration, report_content
     from allgood.runs import (

@@ -112,8 +112,8 @@ def filter(
     from allgood.drawing import Drawings
     from allgood.filter_job import Job, make_run
     from allgood.ignored import digests
-    from allgood.inference import require_at_least
     from allgood.learning import default_cache_root
+    from allgood.options import require_at_least
     from allgood.pictures import Pictures
     from allgood.progress import say
     from allgood.recipes.costfilter import find_filter

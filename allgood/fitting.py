@@ -129,7 +129,7 @@ def fit(
     from allgood.encoders.tiled import tiled
     from allgood.fit_job import Job, make_run
     from allgood.ignored import read_given
-    from allgood.inference import choose_device, require_at_least
+    from allgood.options import choose_device, require_at_least
     from allgood.pictures import Pictures
     from allgood.recipes import configured
     from allgood.runs import FORMAT, command_line

@@ -6,23 +6,23 @@ picture's own pixels
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from allgood.calibration import Calibration
 from allgood.data.batches import MaskSize, load_batches
 from allgood.data.files import did_you_mean, pictures_below
 from allgood.data.images import read_image, shown
-from allgood.data.transforms import Box, Transform
-from allgood.evaluation.overlay import heat_overlay
+from allgood.data.transforms import Transform
 from allgood.exported import ExportedDetector
 from allgood.ignored import hide, read_masks, to_inputs
+from allgood.inspection import Inspection, Region, find_regions
+from allgood.options import choose_device, require_at_least
 from allgood.own_state import load_own_state
 from allgood.runs import (
     CALIBRATION,
@@ -35,68 +35,6 @@ from allgood.runs import (
     read_weights,
 )
 from allgood.types import GOOD, Batch, Failure, InputError, Prediction, Sample
-
-_PEAK_SHARE = 0.8
-"""An alarm whose map stays below the map threshold still shows where it is highest: from this
-share of its maximum on."""
-
-
-@dataclass(frozen=True)
-class Region:
-    """A connected part of the picture that looks anomalous."""
-
-    box: Box
-    """left, top, right, bottom in the picture's own pixels; right and bottom are the first ones
-    outside."""
-    score: float
-    """Highest value of the anomaly map inside."""
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What is said of one picture."""
-
-    path: Path
-    category: str | None = None
-    category_inferred: bool = False
-    image_score: float | None = None
-    p_value: float | None = None
-    """Share of good pictures that look at least as anomalous; None before calibration, as are the
-    verdict and the regions."""
-    is_anomalous: bool | None = None
-    regions: tuple[Region, ...] = ()
-    error: str | None = None
-    """Why the picture could not be judged; everything above but `path` is then empty."""
-    input_map: Tensor | None = field(default=None, repr=False, compare=False)
-    """(h, w) anomaly map at the network's input size."""
-    original_size: tuple[int, int] = (0, 0)
-    transform: Transform | None = field(default=None, repr=False)
-
-    def anomaly_map(self) -> np.ndarray:
-        """(H, W) float32 in the picture's own size; higher is more anomalous.
-
-        Raises:
-            ValueError: the picture could not be read.
-        """
-        if self.input_map is None or self.transform is None:
-            raise ValueError(f"{self.path} has no anomaly map: {self.error}")
-        return self.transform.map_to_original(self.input_map, self.original_size).numpy()
-
-    def to_json(self) -> dict[str, Any]:
-        """What `allgood inspect` prints."""
-        if self.error is not None:
-            return {"path": str(self.path), "error": self.error}
-        return {
-            "path": str(self.path),
-            "category": self.category,
-            "category_inferred": self.category_inferred,
-            "image_score": self.image_score,
-            "p_value": self.p_value,
-            "is_anomalous": self.is_anomalous,
-            "regions": [
-                {"box": list(region.box), "score": region.score} for region in self.regions
-            ],
-        }
 
 
 class Inspector:
@@ -371,16 +309,15 @@ class Inspector:
         category = self.categories[int(prediction.category[i])]
         score = float(prediction.image_score[i])
         input_map = prediction.anomaly_map[i, 0]
-        p_value: float | None = None
-        is_anomalous: bool | None = None
+        size = batch.original_size[i]
+        p_value = map_threshold = is_anomalous = None
         regions: tuple[Region, ...] = ()
         if self.calibration is not None and self.calibration.knows(category):
             p_value = self.calibration.p_value(category, score)
             is_anomalous = self.calibration.is_anomalous(category, score)
+            map_threshold = self.calibration.map_threshold(category)
             if is_anomalous:
-                regions = self.regions(
-                    input_map, self.calibration.map_threshold(category), batch.original_size[i]
-                )
+                regions = find_regions(input_map, map_threshold, self.transform, size)
         return Inspection(
             path=batch.sample[i].path,
             category=category,
@@ -390,57 +327,10 @@ class Inspector:
             is_anomalous=is_anomalous,
             regions=regions,
             input_map=input_map,
-            original_size=batch.original_size[i],
+            map_threshold=map_threshold,
+            original_size=size,
             transform=self.transform,
         )
-
-    def overlay(self, inspection: Inspection, picture: np.ndarray) -> np.ndarray:
-        """Heat map and boxes over the picture, in its own size.
-
-        Colour begins at half the category's map threshold and is full at one and a half times it;
-        before calibration, at the map's median and its maximum.
-
-        Args:
-            picture: (H, W, 3) uint8, what `read_image` gave for `inspection.path`, or a smaller
-                copy of it.
-        """
-        size = (picture.shape[0], picture.shape[1])
-        values = replace(inspection, original_size=size).anomaly_map()
-        category = inspection.category
-        if self.calibration is not None and category and self.calibration.knows(category):
-            limit = self.calibration.map_threshold(category)
-            low, high = 0.5 * limit, 1.5 * limit
-        else:
-            low, high = float(np.median(values)), float(values.max())
-        if not low < high:  # a flat map
-            high = low + 1
-        boxes = [
-            _scaled(region.box, inspection.original_size, size) for region in inspection.regions
-        ]
-        return heat_overlay(picture, values, low=low, high=high, boxes=boxes)
-
-    def regions(
-        self, input_map: Tensor, map_threshold: float, original_size: tuple[int, int]
-    ) -> tuple[Region, ...]:
-        """Connected parts of the map above the threshold, the highest first; at least the peak.
-
-        Args:
-            input_map: (h, w) at the network's input size.
-            original_size: (H, W) of the picture, in whose pixels the boxes are.
-        """
-        values = input_map.numpy()
-        peak = float(values.max())
-        if peak > map_threshold:
-            inside = values > map_threshold
-        else:
-            inside = values >= min(_PEAK_SHARE * peak, peak)
-        labels, _ = ndimage.label(inside, structure=np.ones((3, 3)))
-        found = []
-        for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-            box = (columns.start, rows.start, columns.stop, rows.stop)
-            highest = float(values[rows, columns][labels[rows, columns] == label].max())
-            found.append(Region(self.transform.box_to_original(box, original_size), highest))
-        return tuple(sorted(found, key=lambda region: -region.score))
 
 
 def picture_files(paths: Iterable[str | Path] | str | Path) -> Iterator[Path]:
@@ -475,37 +365,6 @@ def load_weights(detector: torch.nn.Module, path: Path) -> None:
         raise InputError(
             f"{path} holds the weights of another detector ({error}): fit the run again"
         ) from error
-
-
-def choose_device(device: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen).cpu()  # a device without memory cannot give it back
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device '{device}' is not available here: use auto or cpu") from error
-    return chosen
-
-
-def require_at_least(least: float, **numbers: float | None) -> None:
-    """InputError naming the first of the numbers below `least`; None is not asked for."""
-    for name, number in numbers.items():
-        if number is not None and not number >= least:
-            raise InputError(f"{name} must be at least {least:g}, got {number:g}")
-
-
-def _scaled(box: Box, size: tuple[int, int], new_size: tuple[int, int]) -> Box:
-    """A box in a picture of (H, W) pixels -> the smallest that covers it in a resized copy."""
-    (height, width), (new_height, new_width) = size, new_size
-    left, top, right, bottom = box
-    return (
-        left * new_width // width,
-        top * new_height // height,
-        -(-right * new_width // width),
-        -(-bottom * new_height // height),
-    )
 
 
 def _read_calibration(path: Path) -> Calibration | None:

@@ -280,7 +280,7 @@ def _gallery_item(
         defect=sample.defect,
         image_score=inspection.image_score,
         picture=small,
-        overlay=inspector.overlay(inspection, small),
+        overlay=inspection.overlay(small),
         outline=outline,
         p_value=inspection.p_value,
     )

@@ -86,7 +86,7 @@ def synthesize(
     from allgood.data.fingerprint import SYNTHESIS_RECORD
     from allgood.data.readers import read_data
     from allgood.data.synthesis import SynthesisConfig, Synthesizer
-    from allgood.inference import require_at_least
+    from allgood.options import require_at_least
     from allgood.progress import say
     from allgood.recipes import configured
     from allgood.runs import command_line, write_json

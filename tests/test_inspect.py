@@ -14,7 +14,7 @@ from PIL import Image
 
 import allgood as library
 from allgood.cli import _json_line
-from allgood.inference import Inspection, Region
+from allgood.inspection import Inspection, Region, find_regions
 from allgood.runs import WEIGHTS, read_weights, write_weights
 
 pytest_plugins = ["doors_fixtures"]
@@ -205,7 +205,7 @@ def test_overlay_over_a_smaller_copy(inspector: library.Inspector) -> None:
         original_size=(144, 128),
         transform=inspector.transform,
     )
-    painted = inspector.overlay(inspection, np.full((72, 64, 3), 100, np.uint8))
+    painted = inspection.overlay(np.full((72, 64, 3), 100, np.uint8))
     rows, columns = np.nonzero((painted == (0x00, 0xE5, 0xFF)).all(axis=2))
     # (5, 10, 15, 21) with one pixel around it
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (4, 9, 15, 21)
@@ -394,10 +394,10 @@ def test_a_region_even_if_no_pixel_is_above_the_map_threshold(
     """The peak is shown; of a flat map, all of it."""
     values = torch.zeros(64, 64)
     values[10:14, 20:24] = 1
-    (region,) = inspector.regions(values, map_threshold=5.0, original_size=(64, 64))
+    (region,) = find_regions(values, 5.0, inspector.transform, (64, 64))
     assert region.box == (20, 10, 24, 14)
     assert region.score == 1
-    (region,) = inspector.regions(torch.zeros(64, 64), 5.0, (64, 64))
+    (region,) = find_regions(torch.zeros(64, 64), 5.0, inspector.transform, (64, 64))
     assert region.box == (0, 0, 64, 64)
 
 
@@ -405,6 +405,6 @@ def test_regions_are_separate_and_the_highest_comes_first(inspector: library.Ins
     values = torch.zeros(64, 64)
     values[2:4, 2:4] = 2
     values[30:40, 30:50] = 3
-    first, second = inspector.regions(values, 1.0, (128, 64))
+    first, second = find_regions(values, 1.0, inspector.transform, (128, 64))
     assert (first.box, first.score) == ((30, 60, 50, 80), 3)
     assert (second.box, second.score) == ((2, 4, 4, 8), 2)

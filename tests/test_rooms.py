@@ -37,16 +37,20 @@ ROOMS = {
     "recipes": {"types", "data"},
     "exported": {"types", "scoring", "progress"},
     "graph": {"types", "layers", "exported"},
+    "inspection": {"data", "evaluation"},
+    "options": {"types"},
 }
 """Room -> the rooms it may import; each only rooms above it. `allgood` is the version."""
 
 DOORS = {
     "inference": {
         "costfilter",
-        *("types", "data", "encoders", "detectors", "evaluation", "calibration", "runs"),
-        *("ignored", "own_state", "exported"),
+        *("types", "data", "encoders", "detectors", "calibration", "runs", "ignored"),
+        *("own_state", "exported", "inspection", "options"),
     },
-    "calibrating": {"types", "data", "calibration", "runs", "progress", "inference"},
+    "calibrating": {
+        *("types", "data", "calibration", "runs", "progress", "inference", "options"),
+    },
     "banking": {"types", "data", "layers", "pictures", "progress"},
     "learning": {"types", "data", "pictures", "progress", "training"},
     "fit_job": {
@@ -55,8 +59,8 @@ DOORS = {
     },
     "fitting": {
         *("types", "data", "encoders", "detectors", "runs", "progress", "unfinished"),
-        *("ignored", "pictures", "recipes", "training", "inference", "calibrating"),
-        *("learning", "fit_job"),
+        *("ignored", "pictures", "recipes", "training", "calibrating", "learning"),
+        *("options", "fit_job"),
     },
     "filter_job": {
         *("types", "costfilter", "drawing", "runs", "progress", "unfinished", "ignored"),
@@ -65,20 +69,22 @@ DOORS = {
     "filtering": {
         *("types", "data", "drawing", "pictures", "costfilter", "recipes", "runs", "progress"),
         *("unfinished", "ignored", "training", "inference", "calibrating", "learning"),
-        "filter_job",
+        *("options", "filter_job"),
     },
     "converting": {
         *("types", "data", "encoders", "detectors", "official", "costfilter", "recipes"),
         *("runs", "progress", "unfinished", "own_state", "ignored", "pictures"),
-        *("inference", "learning"),
+        *("inference", "learning", "options"),
     },
     "exporting": {
         *("types", "ignored", "runs", "progress", "unfinished", "exported", "graph", "inference"),
     },
     "results": {"types", "data", "metrics", "evaluation", "calibration", "runs", "inference"},
-    "evaluating": {"types", "data", "evaluation", "runs", "progress", "inference", "results"},
+    "evaluating": {
+        *("types", "data", "evaluation", "runs", "progress", "inference", "options", "results"),
+    },
     "synthesizing": {
-        *("types", "data", "evaluation", "runs", "progress", "recipes", "inference"),
+        *("types", "data", "evaluation", "runs", "progress", "recipes", "options"),
     },
     "demo": {"fitting", "evaluating"},
     "cli": {
