@@ -84,6 +84,10 @@ class Inspector:
         if not self.is_exported:
             load_weights(self.detector, self.run / WEIGHTS)
             self.detector.to(self.device).eval()
+            if precision == "bf16":  # now, as autocast would round the weights for every batch
+                for module in self.detector.modules():
+                    if isinstance(module, torch.nn.Linear):
+                        module.bfloat16()
         self.ignore = read_masks(self.run, self.categories)
         masks = list(self.ignore.values())
         self._same_ignore = len(masks) == len(self.categories) and all(

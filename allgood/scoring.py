@@ -28,12 +28,13 @@ def gaussian_smooth(anomaly_map: Tensor, sigma: float, *, truncate: float = 4.0)
         return anomaly_map
     radius = int(truncate * sigma + 0.5)
     kernel = gaussian_kernel(sigma, radius).to(anomaly_map)
-    for axis in (-2, -1):
-        size = anomaly_map.shape[axis]
-        index = _reflected(torch.arange(-radius, size + radius), size).to(anomaly_map.device)
-        padded = anomaly_map.index_select(axis, index)
-        shape = (1, 1, -1, 1) if axis == -2 else (1, 1, 1, -1)
-        anomaly_map = F.conv2d(padded, kernel.view(shape))
+    with torch.autocast(anomaly_map.device.type, enabled=False):  # half precision would make ties
+        for axis in (-2, -1):
+            size = anomaly_map.shape[axis]
+            index = _reflected(torch.arange(-radius, size + radius), size).to(anomaly_map.device)
+            padded = anomaly_map.index_select(axis, index)
+            shape = (1, 1, -1, 1) if axis == -2 else (1, 1, 1, -1)
+            anomaly_map = F.conv2d(padded, kernel.view(shape))
     return anomaly_map
 
 

@@ -113,6 +113,21 @@ def test_prediction(detector: Any) -> None:
 
 
 @torch.inference_mode()
+def test_bf16_is_near_float32(detector: Any) -> None:
+    """As `inspect --precision bf16` has it; the distances of the map stay float32."""
+    images = both_kinds()
+    exact = detector.predict(images)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        rounded = detector.predict(images)
+    assert torch.equal(rounded.category, exact.category)
+    assert rounded.anomaly_map.dtype == rounded.image_score.dtype == torch.float32
+    assert not torch.equal(rounded.anomaly_map, rounded.anomaly_map.bfloat16().float())
+    difference = (rounded.anomaly_map - exact.anomaly_map).abs().amax(dim=(1, 2, 3))
+    assert (difference < 0.05 * exact.anomaly_map.amax(dim=(1, 2, 3))).all()
+    torch.testing.assert_close(rounded.image_score, exact.image_score, rtol=0.05, atol=0)
+
+
+@torch.inference_mode()
 def test_a_planted_defect_scores_higher_and_is_found(detector: Any) -> None:
     prediction = detector.predict(both_kinds(), CATEGORY)
     good, bad = prediction.image_score[[0, 2]], prediction.image_score[[1, 3]]

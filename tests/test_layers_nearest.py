@@ -89,6 +89,17 @@ def test_rows_that_nearly_agree_keep_their_digits(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_half_precision_is_searched_in_float32(engine: str) -> None:
+    """Under autocast too, as `inspect --precision bf16` has it."""
+    query, bank = rows(40, 16, 0).bfloat16(), rows(300, 16, 1) + 100
+    expected = nearest_distance(query.float(), bank, engine=engine)
+    with torch.autocast("cpu", torch.bfloat16):
+        distance, index = nearest_distance(query, bank, engine=engine)
+    assert torch.equal(distance, expected[0])
+    assert torch.equal(index, expected[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_distances_ascend(engine: str) -> None:
     centre = rows(1, 24, 8)
     bank = 100 * centre + 0.01 * rows(40, 24, 9)  # the search cannot tell their order

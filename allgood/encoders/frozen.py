@@ -120,13 +120,13 @@ class FrozenEncoder(nn.Module):
             image: (B, 3, H, W) float in [0, 1].
 
         Returns:
-            One (B, C, h, w) per level, shallow first; h = ceil(H / stride) for most pyramids,
-            H // patch size for ViTs.
+            One (B, C, h, w) per level, shallow first, float32 under autocast too, as distances are
+            computed of them; h = ceil(H / stride) for most pyramids, H // patch size for ViTs.
 
         Raises:
             InputError: an image size that this backbone does not take.
         """
-        return self._intermediates(image)
+        return [level.float() for level in self._intermediates(image)]
 
     def tokens(self, image: Tensor) -> list[Tensor]:
         """All tokens of a ViT at each level, row-major and with the prefix, which `forward` drops.

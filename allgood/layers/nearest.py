@@ -36,7 +36,7 @@ def nearest_distance(
     agree.
 
     Args:
-        query: (N, C) float32.
+        query: (N, C); half precision, as autocast leaves it, is searched as float32.
         bank: (M, C) float32, M >= k, on the query's device.
         k: number of neighbours.
         hidden: (M,) bool, bank rows that are nobody's neighbours; torch's search only. At least k
@@ -59,6 +59,7 @@ def nearest_distance(
             f"query has {query.shape[1]} channels but the memory bank {bank.shape[1]}: "
             "both must come from the same encoder and levels"
         )
+    query = query.float()
     small = len(query) * len(bank) <= _FAISS_BELOW and query.device.type == "cpu"
     # A graph that is traced holds torch's operators only.
     faiss_pays = small and hidden is None and not torch.compiler.is_compiling()
@@ -72,9 +73,10 @@ def nearest_distance(
         squares = bank.square().sum(dim=1)
         if hidden is not None:
             squares = squares.masked_fill(hidden, math.inf)
-        nearest = torch.cat(
-            [_nearest_rows(part, bank, squares, k) for part in query.split(_QUERY_BLOCK)]
-        )
+        with torch.autocast(query.device.type, enabled=False):  # else its products lose all digits
+            nearest = torch.cat(
+                [_nearest_rows(part, bank, squares, k) for part in query.split(_QUERY_BLOCK)]
+            )
     distance = torch.cat(
         [
             (part[:, None] - bank[rows]).square().sum(dim=2)
