@@ -58,7 +58,7 @@ def filter(
     draws: int | None = None,
     fusion: Literal["fixed", "auto"] = "fixed",
     layout: str | None = None,
-    max_false_alarm: float = 0.05,
+    max_false_alarm: float | None = None,
     cache: Path | None = None,
     no_cache: bool = False,
     batch_size: int = 8,
@@ -88,7 +88,8 @@ def filter(
         fusion: the filter's share of the map, lambda: as the settings say (fusion=0.5), or the one
             that is best on synthetic pictures kept from training. Test pictures are never used.
         layout: how the data lie on disk, where it is not recognised.
-        max_false_alarm: share of good pictures that may raise an alarm.
+        max_false_alarm: share of good pictures that may raise an alarm. Default: what the run
+            behind it promises, or 0.05.
         cache: folder for the frozen features of all trainings; default: in the user's cache folder.
         no_cache: run the detector in every step of the training instead.
         batch_size: pictures that pass the network together.
@@ -122,7 +123,8 @@ def filter(
 
     out = Path(out)
     require_at_least(1, batch_size=batch_size, draws=draws)
-    require_rate(max_false_alarm)
+    if max_false_alarm is not None:
+        require_rate(max_false_alarm)
     refuse_folder(out, overwrite)
     if fusion == "auto" and any(word.startswith("fusion=") for word in settings):
         raise InputError("--fusion auto chooses the fusion: leave it out of --settings")
@@ -136,6 +138,9 @@ def filter(
             "preset, or none"
         )
     learned, fresh, digest = _good_pictures(inspector, data, layout)
+    if max_false_alarm is not None:
+        _require_enough(fresh, inspector, max_false_alarm)
+    promised = inspector.calibration.max_false_alarm if inspector.calibration else 0.05
     templates, taught = _kept_templates(learned, config, seed)
     taught, held_out = _held_out(taught, seed)
     if fusion == "auto" and not held_out:
@@ -203,7 +208,7 @@ def filter(
         batch_size=batch_size,
         seed=seed,
         fusion=fusion,
-        max_false_alarm=max_false_alarm,
+        max_false_alarm=max_false_alarm or promised,
         device=device,
         config=wanted,
         cache_key=key,
@@ -310,6 +315,21 @@ def _good_pictures(
     num_absent = len(known.difference(digest[sample.path] for sample in learned))
     require_others(inspector.detector, inspector.run, learned, num_absent)
     return learned, fresh, digest
+
+
+def _require_enough(fresh: Sequence[Sample], inspector: Inspector, rate: float) -> None:
+    """Before hours of training: a rate that is asked for can be promised of every category."""
+    from allgood.calibration import pictures_needed
+
+    needed = pictures_needed(rate)
+    for name in inspector.categories:
+        count = sum(sample.category == name for sample in fresh)
+        if count < needed:
+            raise InputError(
+                f"a false-alarm rate of {rate:g} needs {needed} good pictures of category '{name}' "
+                f"that run '{inspector.run}' was not fitted on, and the data hold {count}: promise "
+                "a larger rate with --max-false-alarm, or give more pictures"
+            )
 
 
 def _fitted_on(inspector: Inspector) -> set[str]:

@@ -36,6 +36,7 @@ from allgood.ignored import hide
 from allgood.layers.patch_store import image_number
 from allgood.own_state import load_own_state, own_state
 from allgood.pictures import Pictures
+from allgood.runs import write_json
 from allgood.scoring import resize_map, top_fraction_mean
 from allgood.training import loop
 from allgood.training.config import TrainConfig
@@ -43,7 +44,7 @@ from allgood.types import InputError, Sample, TrainingBatch
 
 pytest_plugins = ["doors_fixtures"]
 
-FILTER = ["--train", "steps=3", "batch_size=4", "--draws", "1", "--max-false-alarm", "0.1"]
+FILTER = ["--train", "steps=3", "batch_size=4", "--draws", "1"]
 SETTINGS = ["--settings", "mask_side=32"]
 HOSTS = ("patchcore", "anomalydino", *LEARNERS)
 
@@ -291,10 +292,14 @@ def test_settings_that_are_none(settings: dict[str, Any], said: str) -> None:
 def test_every_command_takes_a_filtered_run(
     allgood: Command, run: Path, tree: Path, tmp_path: Path
 ) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "lax"))
+    calibration = json.loads((run / "calibration.json").read_text())
+    write_json(run / "calibration.json", calibration | {"max_false_alarm": 0.1})
     out = tmp_path / "filtered"
     answer = allgood("filter", run, tree, "--out", out, *FILTER, *SETTINGS)
     assert answer.code == 0, answer.err
     assert answer.out.strip() == str(out)
+    assert json.loads((out / "calibration.json").read_text())["max_false_alarm"] == 0.1
     files = {"config.json", "weights.safetensors", "calibration.json", "provenance.json"}
     assert set(content(out)) == {*files, "training.jsonl"}
     config = json.loads((out / "config.json").read_text())
@@ -456,6 +461,8 @@ def test_what_a_filter_refuses(allgood: Command, run: Path, tree: Path, tmp_path
     for rate in ("0", "1"):
         said = allgood.refused(*words, "--max-false-alarm", rate)
         assert said.startswith("max_false_alarm must lie between 0 and 1")
+    said = allgood.refused(*words, "--max-false-alarm", "0.01")  # before the training, not after it
+    assert said.startswith("a false-alarm rate of 0.01 needs 99 good pictures of category 'cloth'")
     said = allgood.refused("filter", run, tree / "wood", tree / "cloth", "--out", out)
     assert said.startswith("the good pictures have other names")
     said = allgood.refused("filter", run, tree / "wood" / "test" / "good", "--out", out)
