@@ -4,23 +4,44 @@ the host's scale -> synthetic anomalies -> its match, once per drawing -> the tr
 measured on drawings kept from it -> calibrated -> published
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from allgood.costfilter.filtered import FilteredDetector
-    from allgood.drawing import Drawings
-    from allgood.inference import Inspector
-    from allgood.learning import Training
-    from allgood.progress import Bar
-    from allgood.types import Failure, Sample, TrainingBatch
+import torch
+
+from allgood.calibrating import calibrate_on
+from allgood.costfilter.filtered import FilteredDetector
+from allgood.costfilter.validation import best_fusion, mean_over, validate
+from allgood.drawing import Drawings
+from allgood.ignored import write_masks
+from allgood.inference import Inspector
+from allgood.learning import Training, cached
+from allgood.own_state import own_state
+from allgood.pictures import require_readable
+from allgood.progress import Bar, bar, say
+from allgood.runs import (
+    CONFIG,
+    ENCODER,
+    PROVENANCE,
+    TRAINING_LOG,
+    WEIGHTS,
+    finish,
+    is_finished,
+    provenance,
+    read_json,
+    write_json,
+    write_weights,
+)
+from allgood.training.loop import train
+from allgood.training.sources import OnlineFeatures
+from allgood.types import Failure, Sample, TrainingBatch
+from allgood.unfinished import making
 
 
 @dataclass(frozen=True)
@@ -55,9 +76,6 @@ class Job:
 
 def make_run(out: Path, job: Job, overwrite: bool) -> None:
     """Train, measure, write, calibrate in state/run, then move the new run into place."""
-    from allgood.runs import finish, is_finished
-    from allgood.unfinished import making
-
     request = {
         "filter": job.config,
         "key": job.cache_key,
@@ -87,10 +105,6 @@ def _train(job: Job, folder: Path) -> list[Failure]:
     Returns:
         the pictures that could not be read.
     """
-    from allgood.learning import cached
-    from allgood.training.loop import train
-    from allgood.training.sources import OnlineFeatures
-
     model, drawings, training = job.model, job.taught, job.training
     model.to(training.fabric.device)
     folder.mkdir(exist_ok=True)
@@ -111,13 +125,6 @@ def _set_scale(job: Job, path: Path) -> None:
     Raises:
         InputError: no picture of a category could be read.
     """
-    import torch
-
-    from allgood.pictures import require_readable
-    from allgood.progress import bar
-    from allgood.runs import read_json, write_json
-    from allgood.training.sources import OnlineFeatures
-
     model, drawings = job.model, job.as_they_are
     if not path.is_file():
         source = OnlineFeatures(
@@ -149,12 +156,6 @@ def _validate(job: Job) -> dict[str, Any]:
     Returns:
         for provenance.json: pixel AP of every part, of every category and on the mean.
     """
-    from functools import partial
-
-    from allgood.costfilter.validation import best_fusion, mean_over, validate
-    from allgood.progress import say
-    from allgood.training.sources import OnlineFeatures
-
     model, drawings, batch_size = job.model, job.held_out, job.batch_size
     model.eval()
     encode = partial(model.encode, whole=True)
@@ -191,19 +192,6 @@ def _validate(job: Job) -> dict[str, Any]:
 
 def _write_run(new: Path, job: Job, facts: Mapping[str, Any], training: Path) -> None:
     """All files of the run but the thresholds."""
-    from allgood.ignored import write_masks
-    from allgood.own_state import own_state
-    from allgood.runs import (
-        CONFIG,
-        ENCODER,
-        PROVENANCE,
-        TRAINING_LOG,
-        WEIGHTS,
-        provenance,
-        write_json,
-        write_weights,
-    )
-
     inspector = job.inspector
     write_weights(new / WEIGHTS, own_state(job.model))
     if (inspector.run / ENCODER).is_file():
@@ -216,9 +204,6 @@ def _write_run(new: Path, job: Job, facts: Mapping[str, Any], training: Path) ->
 
 
 def _calibrate(new: Path, job: Job) -> None:
-    from allgood.calibrating import calibrate_on
-    from allgood.progress import say
-
     if not job.fresh:
         say("no good pictures are left for thresholds: `allgood calibrate` sets them")
         return

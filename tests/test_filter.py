@@ -21,6 +21,7 @@ from tiny import fitted as fitted_bank
 from torch import Tensor
 
 import allgood as library
+from allgood import filter_job
 from allgood.costfilter import filtered
 from allgood.costfilter.config import FilterConfig
 from allgood.costfilter.filtered import FilteredDetector, volume_grid
@@ -31,14 +32,13 @@ from allgood.data.readers import read_data
 from allgood.data.synthesis import SynthesisConfig, Synthesizer
 from allgood.data.transforms import Transform
 from allgood.drawing import Drawings, require_others
-from allgood.filtering import _draws, _held_out, _kept_templates
+from allgood.filter_setup import draws_in_time, hold_out, keep_templates
 from allgood.ignored import hide
 from allgood.layers.patch_store import image_number
 from allgood.own_state import load_own_state, own_state
 from allgood.pictures import Pictures
 from allgood.runs import write_json
 from allgood.scoring import resize_map, top_fraction_mean
-from allgood.training import loop
 from allgood.training.config import TrainConfig
 from allgood.types import InputError, Sample, TrainingBatch
 
@@ -380,11 +380,11 @@ def test_pictures_to_measure_on_are_kept_from_training() -> None:
         for name, count in (("wood", 40), ("cloth", 400), ("one", 1))
         for i in range(count)
     ]
-    taught, held = _held_out(samples, seed=3)
+    taught, held = hold_out(samples, seed=3)
     counts = Counter(sample.category for sample in held)
     assert counts == {"wood": 4, "cloth": 16}
     assert sorted([*taught, *held], key=samples.index) == samples
-    assert _held_out(samples, seed=3)[1] == held != _held_out(samples, seed=4)[1]
+    assert hold_out(samples, seed=3)[1] == held != hold_out(samples, seed=4)[1]
 
 
 @pytest.mark.usefixtures("tiny_network")
@@ -538,7 +538,13 @@ def test_a_bank_has_others_to_compare_each_picture_with(
 
 def test_a_picture_is_drawn_no_more_often_than_it_is_seen() -> None:
     train = TrainConfig(steps=1500, batch_size=8, learning_rate=1e-3)
-    assert [_draws(train, count) for count in (10, 2000, 5000, 10_000, 50_000)] == [6, 6, 3, 2, 1]
+    assert [draws_in_time(train, count) for count in (10, 2000, 5000, 10_000, 50_000)] == [
+        6,
+        6,
+        3,
+        2,
+        1,
+    ]
 
 
 def test_unreadable_pictures_are_no_templates(tmp_path: Path) -> None:
@@ -547,10 +553,10 @@ def test_unreadable_pictures_are_no_templates(tmp_path: Path) -> None:
         broken.path.write_bytes(b"no picture")
     config = FilterConfig(templates="good", num_templates=3)
     for seed in range(3):
-        kept, taught = _kept_templates(samples, config, seed)
+        kept, taught = keep_templates(samples, config, seed)
         assert sorted(kept, key=samples.index) == samples[2:] and taught == samples[:2]
     with pytest.raises(InputError, match="too few to keep 4 readable ones"):
-        _kept_templates(samples, replace(config, num_templates=4), 0)
+        keep_templates(samples, replace(config, num_templates=4), 0)
 
 
 def test_templates_pass_the_network_in_batches(run: Path, tree: Path) -> None:
@@ -623,7 +629,7 @@ def test_the_hosts_scale_is_measured_once(
 
     monkeypatch.setattr(FilteredDetector, "set_scale", measure)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train", killed)
+        patch.setattr(filter_job, "train", killed)
         assert allgood(*words).code != 0
     assert allgood(*words).code == 0
     (scale,) = measured

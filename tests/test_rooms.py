@@ -66,10 +66,14 @@ DOORS = {
         *("types", "costfilter", "drawing", "runs", "progress", "unfinished", "ignored"),
         *("pictures", "own_state", "training", "inference", "calibrating", "learning"),
     },
+    "filter_setup": {
+        *("types", "data", "calibration", "costfilter", "drawing", "recipes", "runs", "progress"),
+        *("training", "inference", "learning"),
+    },
     "filtering": {
         *("types", "data", "drawing", "pictures", "costfilter", "recipes", "runs", "progress"),
-        *("unfinished", "ignored", "training", "inference", "calibrating", "learning"),
-        *("options", "filter_job"),
+        *("unfinished", "ignored", "inference", "calibrating", "learning", "options"),
+        *("filter_setup", "filter_job"),
     },
     "converting": {
         *("types", "data", "encoders", "detectors", "official", "costfilter", "recipes"),
