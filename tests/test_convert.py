@@ -135,6 +135,23 @@ def test_every_command_takes_a_converted_run(
         assert torch.equal(detector.match(image, category).host_map, ours)
 
 
+def test_a_filter_behind_a_converted_run_has_thresholds(
+    allgood: Command, file: Path, data: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "filtered"
+    assert allgood("convert", "dinomaly", file, "--out", run, "--good", data, *SIZE).code == 0
+    more = draw_tree(tmp_path / "more", train=22, good=1, bad=1)  # three that it knows, 19 for 5 %
+    words = ["--train", "steps=1", "batch_size=2", "--draws", "1", "--settings", "mask_side=28"]
+    answer = allgood("filter", run, more, "--out", out, *words, "--cache", tmp_path / "cache")
+    assert answer.code == 0, answer.err
+    calibration = library.Inspector(out).calibration
+    assert calibration is not None
+    assert {name: len(own) for name, own in calibration.image_scores.items()} == {
+        "cloth": 19,
+        "wood": 19,
+    }
+
+
 def test_without_pictures_the_category_must_be_said(
     allgood: Command, file: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -75,11 +75,12 @@ DOORS = {
         *("unfinished", "ignored", "inference", "calibrating", "learning", "options"),
         *("filter_setup", "filter_job"),
     },
-    "converting": {
+    "convert_job": {
         *("types", "data", "encoders", "detectors", "official", "costfilter", "recipes"),
         *("runs", "progress", "unfinished", "own_state", "ignored", "pictures"),
         *("inference", "learning", "options"),
     },
+    "converting": {"types", "runs", "unfinished", "options", "convert_job"},
     "exporting": {
         *("types", "ignored", "runs", "progress", "unfinished", "exported", "graph", "inference"),
     },
