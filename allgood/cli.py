@@ -16,7 +16,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import allgood
 from allgood.types import InputError
+from allgood.wording import unknown
 
 COMMANDS = {
     "demo": "learn two kinds of solar cells from good pictures, judge the rest, write a report",
@@ -93,9 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(_usage())
         return 0 if words else 2
     if words[0] == "--version":
-        from allgood import __version__
-
-        print(f"allgood {__version__}")
+        print(f"allgood {allgood.__version__}")
         return 0
     try:
         result = _call(words[0], words[1:])
@@ -184,47 +184,19 @@ def _metavar(kind: Any) -> str:
 
 
 def _command(name: str) -> Callable[..., Any]:
+    if name not in COMMANDS:
+        raise unknown(f"unknown command '{name}'", name, COMMANDS)
     match name:
-        case "fit":
-            from allgood.fitting import fit
-
-            return fit
-        case "calibrate":
-            from allgood.calibrating import calibrate
-
-            return calibrate
-        case "export":
-            from allgood.exporting import export
-
-            return export
-        case "evaluate":
-            from allgood.evaluating import evaluate
-
-            return evaluate
-        case "demo":
-            from allgood.demo import demo
-
-            return demo
-        case "filter":
-            from allgood.filtering import filter
-
-            return filter
-        case "synthesize":
-            from allgood.synthesizing import synthesize
-
-            return synthesize
-        case "convert":
-            from allgood.converting import convert
-
-            return convert
         case "inspect":
             return inspect
         case "list":
             return list_
-    from allgood.data.files import did_you_mean
+        case "demo":
+            from allgood.demo import demo
 
-    near = did_you_mean(name, list(COMMANDS)) or ";"
-    raise InputError(f"unknown command '{name}'{near} known: {', '.join(COMMANDS)}")
+            return demo
+    command: Callable[..., Any] = getattr(allgood, name)  # the same for Python users
+    return command
 
 
 def _usage() -> str:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from allgood.calibration import Calibration
 from allgood.data.batches import MaskSize, load_batches
-from allgood.data.files import did_you_mean, pictures_below
-from allgood.data.images import read_image, shown
+from allgood.data.files import pictures_below
+from allgood.data.images import read_image
 from allgood.data.transforms import Transform
 from allgood.exported import ExportedDetector
 from allgood.ignored import hide, read_masks, to_inputs
@@ -35,6 +35,7 @@ from allgood.runs import (
     read_weights,
 )
 from allgood.types import GOOD, Batch, Failure, InputError, Prediction, Sample
+from allgood.wording import shown, unknown
 
 
 class Inspector:
@@ -284,11 +285,9 @@ class Inspector:
     def index_of(self, category: str) -> int:
         """Raises InputError where the category was never learned."""
         if category not in self.categories:
-            raise InputError(
-                f"category '{category}' was never learned by run '{self.run}'"
-                f"{did_you_mean(category, self.categories) or ';'} "
-                f"it knows: {', '.join(self.categories)}"
-            )
+            problem = f"category '{category}' was never learned by run '{self.run}'"
+            known = ", ".join(self.categories)
+            raise unknown(problem, category, self.categories, f"it knows: {known}")
         return self.categories.index(category)
 
     @torch.inference_mode()
@@ -363,6 +362,10 @@ def load_weights(detector: torch.nn.Module, path: Path) -> None:
         InputError: the file is missing, torn, or holds the weights of another detector.
     """
     state = read_weights(path)
+    for host in ("", "host."):  # the names that a memory bank's tensors had before 0.1.0
+        for old, new in {"": "patches", "_category": "category", "_image": "image"}.items():
+            if f"{host}bank{old}" in state:
+                state[f"{host}bank.{new}"] = state.pop(f"{host}bank{old}")
     try:
         load_own_state(detector, state)
     except ValueError as error:

@@ -291,8 +291,9 @@ def _draw_one(
 ) -> _Done:
     from allgood.data.files import PICTURE_SUFFIXES
     from allgood.data.fingerprint import content_digest
-    from allgood.data.images import read_image, shown
+    from allgood.data.images import read_image
     from allgood.evaluation.overlay import mask_outline, shrink
+    from allgood.wording import shown
 
     sample, folder = task.sample, root / _folder_name(task.sample.category)
     suffix = sample.path.suffix

@@ -16,11 +16,12 @@ PACKAGE = Path(allgood.__file__).parent
 
 ROOMS = {
     "types": set(),
+    "wording": {"types"},
     "scoring": {"types"},
-    "data": {"types"},
-    "encoders": {"types"},
+    "data": {"types", "wording"},
+    "encoders": {"types", "wording"},
     "layers": {"types", "scoring"},
-    "detectors": {"types", "encoders", "layers", "scoring"},
+    "detectors": {"types", "wording", "encoders", "layers", "scoring"},
     "official": {"types", "encoders", "detectors"},
     "metrics": {"types"},
     "costfilter": {"types", "layers", "scoring", "metrics"},
@@ -34,7 +35,7 @@ ROOMS = {
     "progress": set(),
     "own_state": set(),
     "training": {"types", "runs", "progress", "own_state"},
-    "recipes": {"types", "data"},
+    "recipes": {"types", "wording", "data"},
     "exported": {"types", "scoring", "progress"},
     "graph": {"types", "layers", "exported"},
     "inspection": {"data", "evaluation"},
@@ -45,7 +46,7 @@ ROOMS = {
 DOORS = {
     "inference": {
         "costfilter",
-        *("types", "data", "encoders", "detectors", "calibration", "runs", "ignored"),
+        *("types", "wording", "data", "encoders", "detectors", "calibration", "runs", "ignored"),
         *("own_state", "exported", "inspection", "options"),
     },
     "calibrating": {
@@ -89,13 +90,12 @@ DOORS = {
         *("types", "data", "evaluation", "runs", "progress", "inference", "options", "results"),
     },
     "synthesizing": {
-        *("types", "data", "evaluation", "runs", "progress", "recipes", "options"),
+        *("types", "wording", "data", "evaluation", "runs", "progress", "recipes", "options"),
     },
     "demo": {"fitting", "evaluating"},
     "cli": {
-        *("types", "data", "encoders", "detectors", "recipes", "runs", "progress", "allgood"),
-        *("inference", "calibrating", "fitting", "filtering", "converting", "evaluating", "demo"),
-        *("synthesizing", "exporting"),
+        *("types", "wording", "data", "encoders", "detectors", "recipes", "runs", "progress"),
+        *("inference", "demo", "allgood"),
     },
     "allgood": {
         *("types", "inference", "calibrating", "fitting", "filtering", "converting", "evaluating"),

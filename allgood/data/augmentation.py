@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from allgood.types import InputError
+from allgood.wording import unknown
 
 if TYPE_CHECKING:  # recipes name augmentations, and are listed without loading torch
     from torch import Tensor
@@ -94,12 +95,7 @@ def augmentation(words: str) -> Augmentation:
     whole = Augmentation()
     for word in words.split(","):
         if word not in WORDS:
-            from allgood.data.files import did_you_mean
-
-            raise InputError(
-                f"unknown augmentation '{word}'{did_you_mean(word, list(WORDS)) or ';'} "
-                f"known: {', '.join(WORDS)}"
-            )
+            raise unknown(f"unknown augmentation '{word}'", word, WORDS)
         part = WORDS[word]
         whole = Augmentation(
             max(whole.flip_horizontal, part.flip_horizontal),
@@ -134,12 +130,8 @@ def augmentations(
         elif category in categories:
             named[category] = augmentation(words)
         else:
-            from allgood.data.files import did_you_mean
-
-            raise InputError(
-                f"--augment: no category '{category}' is learned"
-                f"{did_you_mean(category, categories) or ';'} known: {', '.join(categories)}"
-            )
+            problem = f"--augment: no category '{category}' is learned"
+            raise unknown(problem, category, categories)
     own |= named
     return {
         name: own[name] for name in categories if own.get(name, Augmentation()) != Augmentation()

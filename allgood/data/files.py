@@ -1,14 +1,13 @@
 """What the folder readers share: which files are pictures, which names mean good, mask pairing."""
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from allgood.data.images import shown
 from allgood.types import InputError
+from allgood.wording import listed, shown
 
 PICTURE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm"}
@@ -116,20 +115,6 @@ def category_name(root: Path) -> str:
 def relative_id(path: Path, root: Path) -> str:
     """Path below the root with forward slashes; `../x` for a file outside."""
     return Path(os.path.relpath(path, root)).as_posix()
-
-
-def listed(names: Iterable[str], limit: int = 8) -> str:
-    """Names for an error text: `'a', 'b' and 3 more`."""
-    quoted = [f"'{shown(name)}'" for name in names]
-    more = f" and {len(quoted) - limit} more" if len(quoted) > limit else ""
-    return ", ".join(quoted[:limit]) + more
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known name, or nothing."""
-    by_case = {item.casefold(): item for item in known}
-    near = difflib.get_close_matches(name.casefold(), list(by_case), n=1)
-    return f"; did you mean '{shown(by_case[near[0]])}'?" if near else ""
 
 
 class MaskIndex:

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from allgood.data.images import shown
 from allgood.types import InputError, Sample
+from allgood.wording import shown
 
 SYNTHESIS_RECORD = "synthesis.json"
 """What `allgood synthesize` writes beside its pictures."""
@@ -80,6 +80,28 @@ def source_digests(roots: Iterable[Path | str]) -> dict[str, str]:
                 ) from None
             sources |= {os.path.join(folder, name): digest for name, digest in made_from}
     return sources
+
+
+def unseen(
+    samples: Iterable[Sample], roots: Iterable[Path | str], seen: Collection[str]
+) -> list[Sample]:
+    """Those whose file has none of the digests in `seen`, nor has the picture that `allgood
+    synthesize` made it from.
+
+    Args:
+        roots: where the samples lie.
+
+    Raises:
+        InputError: a damaged record of a synthesis.
+    """
+    samples = list(samples)
+    digest, source = digests(samples), source_digests(roots)
+    return [
+        sample
+        for sample in samples
+        if digest.get(sample.path) not in seen
+        and source.get(os.path.abspath(sample.path)) not in seen
+    ]
 
 
 def _line(known: Mapping[Path, str] | None, sample: Sample) -> str:

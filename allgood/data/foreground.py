@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageFilter
 
-from allgood.data.files import did_you_mean
 from allgood.types import InputError
+from allgood.wording import unknown
 
 Foreground = Literal["off", "dark", "bright"]
 """Anywhere, or at most Otsu's threshold, or above it."""
@@ -52,11 +52,8 @@ def parse_foreground(words: Sequence[str], categories: Sequence[str]) -> dict[st
     for word in words:
         category, _, mode = word.rpartition("=")
         if category not in categories:
-            raise InputError(
-                f"foreground '{word}' names no category"
-                f"{did_you_mean(category, categories) or ';'} write CATEGORY=MODE, of "
-                f"{', '.join(categories)}"
-            )
+            remedy = f"write CATEGORY=MODE, of {', '.join(categories)}"
+            raise unknown(f"foreground '{word}' names no category", category, categories, remedy)
         if mode not in ("off", "dark", "bright"):
             raise InputError(
                 f"foreground of '{category}' must be off, dark or bright, got '{mode}'"

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from allgood.types import InputError
+from allgood.wording import shown
 
 MAX_PIXELS = 100_000_000
 """Pictures above this are refused before they are decoded; about 300 MB as RGB."""
@@ -90,11 +91,6 @@ def read_mask(
             )
         union |= _resize_nearest(mask, size)
     return union
-
-
-def shown(path: Path | str) -> str:
-    """A path that can be printed anywhere: bytes that are no UTF-8 become question marks."""
-    return os.fspath(path).encode("utf-8", "replace").decode("utf-8")
 
 
 # -- decoding ------------------------------------------------------------------------------------

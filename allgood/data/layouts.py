@@ -21,14 +21,13 @@ from allgood.data.files import (
     good_child,
     has_pictures,
     is_good_name,
-    listed,
     pictures_below,
     refuse_loose_pictures,
     relative_id,
 )
-from allgood.data.images import shown
 from allgood.data.splits import good_split
 from allgood.types import GOOD, InputError, Sample
+from allgood.wording import listed, shown
 
 Split = Literal["train", "test"]
 

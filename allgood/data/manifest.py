@@ -15,10 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from allgood.data.files import BAD_NAMES, GOOD_NAMES, listed, relative_id
-from allgood.data.images import shown
+from allgood.data.files import BAD_NAMES, GOOD_NAMES, relative_id
 from allgood.data.splits import good_split
 from allgood.types import GOOD, InputError, Sample
+from allgood.wording import listed, shown
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
 

@@ -11,18 +11,15 @@ from pathlib import Path
 from allgood.data.files import (
     MASK_FOLDERS,
     child_named,
-    did_you_mean,
     folders_in,
     good_child,
     has_pictures,
-    listed,
     pictures_below,
     pictures_in,
     sounds_bad,
     sounds_good,
     without_mask_ending,
 )
-from allgood.data.images import shown
 from allgood.data.layouts import (
     aebad_folder,
     elpv_folder,
@@ -41,6 +38,7 @@ from allgood.data.layouts import (
 from allgood.data.manifest import SUFFIXES as MANIFEST_SUFFIXES
 from allgood.data.manifest import read_manifest
 from allgood.types import InputError, Sample
+from allgood.wording import listed, shown, unknown
 
 
 @dataclass(frozen=True)
@@ -141,11 +139,8 @@ class Dataset:
         """
         for category in categories:
             if category not in self.categories:
-                raise InputError(
-                    f"the data hold no category '{category}'"
-                    f"{did_you_mean(category, self.categories) or ';'} "
-                    f"known: {', '.join(self.categories)}"
-                )
+                problem = f"the data hold no category '{category}'"
+                raise unknown(problem, category, self.categories)
         kept = tuple(sample for sample in self.samples if sample.category in categories)
         return Dataset(kept, self.layouts)
 
@@ -200,8 +195,7 @@ def read_data(
     if not roots:
         raise InputError("no data given; name a folder of pictures")
     if layout is not None and layout not in LAYOUTS:
-        near = did_you_mean(layout, list(LAYOUTS))
-        raise InputError(f"unknown layout '{layout}'{near or ';'} known: {', '.join(LAYOUTS)}")
+        raise unknown(f"unknown layout '{layout}'", layout, LAYOUTS)
     samples: list[Sample] = []
     layouts: dict[str, str] = {}
     owner: dict[str, str] = {}
@@ -332,10 +326,8 @@ def _require_exists(root: str | Path) -> None:
     if not found:
         parent = path.parent
         siblings = [item.name for item in parent.iterdir()] if parent.is_dir() else []
-        raise InputError(
-            f"{shown(root)}: no such file or folder"
-            + (did_you_mean(path.name, siblings) or "; check the path")
-        )
+        problem = f"{shown(root)}: no such file or folder"
+        raise unknown(problem, path.name, siblings, "check the path")
 
 
 def _refuse_twice(samples: Sequence[Sample], root: str) -> None:

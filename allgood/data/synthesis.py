@@ -25,9 +25,10 @@ from scipy import ndimage
 from allgood.data.anomalies import SOURCES, Scene
 from allgood.data.files import pictures_below
 from allgood.data.foreground import Foreground, foreground_mask
-from allgood.data.images import read_image, shown
+from allgood.data.images import read_image
 from allgood.data.operators import LUMA, OPERATORS
 from allgood.types import InputError
+from allgood.wording import shown
 
 MIN_SIDE = 16
 """Pixels; in smaller pictures lines and spots have no meaning."""

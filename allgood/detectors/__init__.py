@@ -4,11 +4,10 @@ DETECTORS maps the name on the command line to where the method lives, so that l
 nothing.
 """
 
-import difflib
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from allgood.types import InputError
+from allgood.wording import unknown
 
 
 class Entry(NamedTuple):
@@ -77,12 +76,7 @@ def detector_classes(name: str) -> tuple[type[Any], type[Any]]:
         InputError: no such method; the message suggests the nearest name.
     """
     if name not in DETECTORS:
-        close = difflib.get_close_matches(name, DETECTORS, n=1, cutoff=0.4)
-        raise InputError(
-            f"unknown detector '{name}'"
-            + (f"; did you mean '{close[0]}'?" if close else ";")
-            + f" known: {', '.join(sorted(DETECTORS))}"
-        )
+        raise unknown(f"unknown detector '{name}'", name, sorted(DETECTORS))
     entry = DETECTORS[name]
     module = import_module(entry.module)
     return getattr(module, entry.config), getattr(module, entry.detector)

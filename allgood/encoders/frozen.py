@@ -3,7 +3,6 @@
 Letters: B images, C channels, H W pixels, h w patches.
 """
 
-import difflib
 import hashlib
 import os
 import textwrap
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from allgood.encoders import efficientnet, lite0, unireplknet
 from allgood.encoders.folding import fold_batch_norms, fold_layer_scales
 from allgood.types import InputError
+from allgood.wording import unknown
 
 EMBEDDED = "efficientnet_lite0"
 """Name of the default encoder, whose weights come with the installation."""
@@ -230,12 +230,7 @@ def _create(config: EncoderConfig) -> Any:
     architecture, _, tag = name.partition(".")
     if architecture != unireplknet.NAME and not timm.is_model(architecture):
         known = [EMBEDDED, unireplknet.NAME, *timm.list_models()]
-        close = difflib.get_close_matches(config.name, known, n=1, cutoff=0.4)
-        raise InputError(
-            f"unknown encoder '{config.name}'"
-            + (f"; did you mean '{close[0]}'?" if close else ";")
-            + f" {_LISTED}"
-        )
+        raise unknown(f"unknown encoder '{config.name}'", config.name, known, _LISTED)
     if tag and name not in timm.list_pretrained(f"{architecture}.*"):
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
         raise InputError(

@@ -6,13 +6,13 @@ is named. One file per method; nothing heavy is imported here: listing them is f
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from allgood.recipes import dinomaly, hvqtrans, minimaxad, rd4ad, uniad, unias
 from allgood.recipes.recipe import Recipe
 from allgood.types import InputError
+from allgood.wording import unknown
 
 RECIPES: dict[str, Recipe] = {
     "patchcore": Recipe("patchcore"),
@@ -38,12 +38,8 @@ RECIPES: dict[str, Recipe] = {
 def find_recipe(name: str) -> Recipe:
     """Raises InputError where there is no such recipe; the message suggests the nearest."""
     if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-        raise InputError(
-            f"unknown recipe '{name}'"
-            + (f"; did you mean '{close[0]}'?" if close else ";")
-            + " `allgood list recipes` names them all"
-        )
+        remedy = "`allgood list recipes` names them all"
+        raise unknown(f"unknown recipe '{name}'", name, RECIPES, remedy)
     return RECIPES[name]
 
 
@@ -57,17 +53,12 @@ def configured(config_class: type, given: Mapping[str, Any], words: Sequence[str
 
 
 def _parsed(config_class: type, words: Sequence[str]) -> dict[str, Any]:
-    from allgood.data.files import did_you_mean
-
     hints = get_type_hints(config_class)
     values: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if name not in hints:
-            raise InputError(
-                f"unknown setting '{name}'{did_you_mean(name, list(hints)) or ';'} "
-                f"known: {', '.join(hints)}"
-            )
+            raise unknown(f"unknown setting '{name}'", name, hints)
         if not equals:
             raise InputError(f"setting '{word}' has no value: write {name}=VALUE")
         hint = hints[name]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from allgood.types import InputError
+from allgood.wording import unknown
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,5 @@ FILTERS: dict[str, FilterRecipe] = {
 def find_filter(name: str) -> FilterRecipe:
     """Raises InputError where there is no such preset; the message suggests the nearest."""
     if name not in FILTERS:
-        from allgood.data.files import did_you_mean  # not for a listing: it loads image readers
-
-        raise InputError(
-            f"unknown preset '{name}'{did_you_mean(name, list(FILTERS)) or ';'} "
-            f"known: {', '.join(FILTERS)}"
-        )
+        raise unknown(f"unknown preset '{name}'", name, FILTERS)
     return FILTERS[name]
