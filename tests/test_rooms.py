@@ -89,9 +89,8 @@ DOORS = {
     "evaluating": {
         *("types", "data", "evaluation", "runs", "progress", "inference", "options", "results"),
     },
-    "synthesizing": {
-        *("types", "wording", "data", "evaluation", "runs", "progress", "recipes", "options"),
-    },
+    "synthesis_job": {"types", "wording", "data", "evaluation", "runs", "progress"},
+    "synthesizing": {"data", "recipes", "runs", "progress", "options", "synthesis_job"},
     "demo": {"fitting", "evaluating"},
     "cli": {
         *("types", "wording", "data", "encoders", "detectors", "recipes", "runs", "progress"),
