@@ -97,13 +97,12 @@ def _learn(job: Job, training: Training, folder: Path) -> list[Failure]:
     key = {
         "pictures": fingerprint(job.pictures.samples, job.digests),
         "encoder": job.config["encoder"],
+        "tile": job.config["tile"],
         "transform": job.config["transform"],
         "ignore": digests(job.pictures.ignore_of),
+        "augment": {name: list(how.shares()) for name, how in job.pictures.augment.items()},
         "encoding": job.model.encoding,
     }
-    augment = job.pictures.augment
-    if augment:  # without any, the caches that were made before there was such a thing stay valid
-        key["augment"] = {name: list(how.shares()) for name, how in augment.items()}
     return learn(
         job.model,
         job.pictures,

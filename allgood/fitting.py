@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from allgood.types import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from allgood.data.readers import Dataset
     from allgood.data.transforms import Transform
     from allgood.encoders.frozen import FrozenEncoder
@@ -54,7 +56,7 @@ def fit(
     cache: Path | None = None,
     no_cache: bool = False,
     tensorboard: Path | None = None,
-    calibration_share: float = 0.15,
+    calibration_share: float | None = None,
     max_false_alarm: float | None = None,
     memory_gb: float = 2.0,
     batch_size: int = 8,
@@ -85,11 +87,12 @@ def fit(
         keep_aspect: keep the picture's aspect ratio instead of squashing it to a square.
         tile: read large inputs in overlapping tiles of this side.
         ignore: a mask (white: nobody should look there) for all pictures, or a folder of
-            CATEGORY.png.
+            CATEGORY.png; those of categories that are not learned do not matter.
         layout: how the data lie on disk, where it is not recognised; see `allgood list datasets`.
         categories: learn only these; default: all that the data hold.
         per_category: one model per category, in OUT/CATEGORY, instead of one for all; default:
-            as the recipe has it. Those that the same command has finished stay.
+            as the recipe has it. Those that the same command has finished stay, and are refused
+            where their pictures or masks have changed since.
         train_share: share of the good pictures that is for fitting, where disk does not say.
         shots: use only this many good pictures per category (few-shot; the seed picks which).
         rotate: also learn 7 rotated copies of each picture; default: with anomalydino and shots.
@@ -100,7 +103,8 @@ def fit(
         cache: folder for the frozen features of all trainings; default: in the user's cache folder.
         no_cache: run the encoder in every step of a training instead.
         tensorboard: folder for TensorBoard's files.
-        calibration_share: share of the good pictures kept from fitting for the thresholds.
+        calibration_share: share of the good pictures kept from fitting for the thresholds; default
+            0.15, and none with shots.
         max_false_alarm: share of good pictures that may raise an alarm; default 0.05, and no
             thresholds for a category that has too few pictures to promise it.
         memory_gb: what fitting may take in memory.
@@ -142,6 +146,11 @@ def fit(
     require_at_least(1, crop=crop, devices=devices, nodes=nodes)
     require_at_least(0, seed=seed)
     require_at_least(0.5, memory_gb=memory_gb)
+    if shots is not None and (max_false_alarm is not None or calibration_share):
+        raise InputError(
+            "--shots keeps no pictures for thresholds: leave out --max-false-alarm and "
+            "--calibration-share, and see `allgood calibrate`"
+        )
     chosen_recipe = _resolved_recipe(recipe, detector, encoder, levels)
     if chosen_recipe.per_category if per_category is None else per_category:
         return _fit_each(roots, arguments)
@@ -150,8 +159,10 @@ def fit(
         raise InputError(f"'{out}' holds no unfinished fit: leave out --resume")
     config_class, detector_class = detector_classes(chosen_recipe.detector)
     detector_config = configured(config_class, chosen_recipe.settings, settings)
-    dataset = _read_good(roots, layout, categories, train_share, seed)
+    dataset, known = _read_good(roots, layout, categories, train_share, seed)
     promised = 0.05 if max_false_alarm is None else max_false_alarm
+    if calibration_share is None:
+        calibration_share = 0.15 if shots is None else 0.0
     if shots is None:
         digest = digests(dataset.train)
         chosen, held_out = split_for_calibration(
@@ -165,7 +176,10 @@ def fit(
     else:
         chosen, held_out = few_shots(dataset, shots, seed), []
         digest = digests(chosen)
+    # The split goes by groups and copies, but the feature cache knows a picture by its position.
+    chosen.sort(key=lambda sample: (sample.category, sample.id))
     learned = tuple(sorted({sample.category for sample in chosen}))
+    ignore_of = read_given(ignore, known, learned)
     augmented = augmentations(chosen_recipe.augment, augment, learned)
     if weights not in ("pretrained", "random"):
         weights = os.path.abspath(weights)  # the run must find them from everywhere
@@ -242,7 +256,7 @@ def fit(
 
     job = Job(
         model=model.to(where).eval(),
-        pictures=Pictures(chosen, transform, read_given(ignore, dataset.categories), augmented),
+        pictures=Pictures(chosen, transform, ignore_of, augmented),
         held_out=held_out,
         angles=angles,
         batch_size=batch_size,
@@ -264,16 +278,19 @@ def fit(
 def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path:
     """One run per category, in OUT/CATEGORY; those that the same command has finished stay."""
     from allgood.data.augmentation import asked_of, augmentations
+    from allgood.ignored import read_given
     from allgood.progress import say
-    from allgood.runs import CONFIG, PROVENANCE, command_line, file_name, read_json
+    from allgood.runs import CONFIG, command_line, file_name
     from allgood.unfinished import is_unfinished
 
     asked = dict(arguments)
     out = Path(asked["out"])
-    dataset = _read_good(
-        roots, asked["layout"], asked["categories"], asked["train_share"], asked["seed"]
+    shots, seed = asked["shots"], asked["seed"]
+    dataset, known = _read_good(
+        roots, asked["layout"], asked["categories"], asked["train_share"], seed
     )
-    names = sorted({sample.category for sample in dataset.train})
+    to_learn = dataset.train if shots is None else few_shots(dataset, shots, seed)
+    names = sorted({sample.category for sample in to_learn})
     augmentations({}, asked["augment"], names)  # refuses a category that there is not
     to_fit = {}
     for category in names:
@@ -283,12 +300,9 @@ def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path
         if asked["overwrite"] or not (folder / CONFIG).is_file():
             to_fit[category] = asked | one
             continue
-        before = read_json(folder / PROVENANCE)["command"]
-        if _decisive_words(before) != _decisive_words(command_line(fit, asked | one)):
-            raise InputError(
-                f"run '{folder}' was fitted by another command: give that command again, name "
-                "another folder with --out, or give --overwrite"
-            )
+        own = [sample for sample in to_learn if sample.category == category]
+        masks = read_given(asked["ignore"], known, [category])
+        _require_same(folder, command_line(fit, asked | one), own, masks)
         say(f"{folder} is finished")
     has_begun = len(to_fit) < len(names) or any(is_unfinished(a["out"]) for a in to_fit.values())
     if asked["resume"] and not (to_fit and has_begun):
@@ -297,6 +311,30 @@ def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path
         say(f"category {category}")
         fit(**its_arguments)
     return out
+
+
+def _require_same(
+    run: Path, command: str, samples: Sequence[Sample], masks: Mapping[str, np.ndarray]
+) -> None:
+    """InputError where a finished run is of another command, or its data have changed since."""
+    from allgood.data.fingerprint import fingerprint
+    from allgood.ignored import digests, read_masks
+    from allgood.runs import PROVENANCE, read_json
+
+    facts = read_json(run / PROVENANCE)
+    if _decisive_words(facts["command"]) != _decisive_words(command):
+        raise InputError(
+            f"run '{run}' was fitted by another command: give that command again, name another "
+            "folder with --out, or give --overwrite"
+        )
+    categories = sorted({sample.category for sample in samples})
+    if facts["data_fingerprint"] != fingerprint(samples) or (
+        digests(read_masks(run, categories)) != digests(masks)
+    ):
+        raise InputError(
+            f"run '{run}' was fitted on other pictures or ignored regions: give --overwrite to fit "
+            "all categories again, or name another folder with --out"
+        )
 
 
 def _decisive_words(command: str) -> list[str]:
@@ -312,9 +350,9 @@ def _decisive_words(command: str) -> list[str]:
 
 def few_shots(dataset: Dataset, shots: int, seed: int) -> list[Sample]:
     """The AnomalyDINO protocol: entries seed*k ... (seed+1)*k - 1 of each category's sorted good
-    list."""
+    list; a category without good pictures has no part in it."""
     chosen = []
-    for category in dataset.categories:
+    for category in sorted({sample.category for sample in dataset.train}):
         good = [sample for sample in dataset.train if sample.category == category]
         block = good[seed * shots : (seed + 1) * shots]
         if len(block) < shots:
@@ -355,23 +393,25 @@ def _read_good(
     categories: Sequence[str] | None,
     train_share: float,
     seed: int,
-) -> Dataset:
-    """The data, described on stderr; there is something to learn from."""
+) -> tuple[Dataset, tuple[str, ...]]:
+    """The data of the categories asked for, described on stderr, and the names of all categories
+    that lie there; there is something to learn from."""
     from allgood.data.readers import read_data
     from allgood.progress import say
 
     dataset = read_data(roots, layout=layout, train_share=train_share, seed=seed)
+    known = dataset.categories
+    if categories is not None:
+        dataset = dataset.only(categories)
     if not dataset.train:
         raise InputError(
             f"{', '.join(map(str, roots))}: no good pictures to fit on; "
             "the layouts that are understood: allgood list datasets"
         )
-    if categories is not None:
-        dataset = dataset.only(categories)
     say(dataset.describe())
     if dataset.untrained:
         say(f"without good pictures, and so not learned: {', '.join(dataset.untrained)}")
-    return dataset
+    return dataset, known
 
 
 def _transform(

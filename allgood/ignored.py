@@ -20,8 +20,14 @@ from allgood.runs import ignore_file, write_bytes
 from allgood.types import InputError
 
 
-def read_given(ignore: Path | None, categories: Sequence[str]) -> dict[str, np.ndarray]:
+def read_given(
+    ignore: Path | None, known: Sequence[str], learned: Sequence[str]
+) -> dict[str, np.ndarray]:
     """The user's masks by category: one file for all, or a folder of CATEGORY.png.
+
+    Args:
+        known: categories of the whole data, which a folder may name.
+        learned: those of them whose masks are wanted.
 
     Raises:
         InputError: a mask that is white all over, has no white, or is of no category.
@@ -30,15 +36,15 @@ def read_given(ignore: Path | None, categories: Sequence[str]) -> dict[str, np.n
         return {}
     ignore = Path(ignore)
     if not ignore.is_dir():
-        return dict.fromkeys(categories, _read(ignore))
+        return dict.fromkeys(learned, _read(ignore))
     files = {path.stem: path for path in pictures_in(ignore)}
-    unknown = [name for name in files if name not in categories]
+    unknown = [name for name in files if name not in known]
     if unknown or not files:
         raise InputError(
-            f"{ignore}: expected masks named after categories ({', '.join(categories)}), "
+            f"{ignore}: expected masks named after categories ({', '.join(known)}), "
             f"found {unknown[0] if unknown else 'none'}"
         )
-    return {name: _read(path) for name, path in files.items()}
+    return {name: _read(path) for name, path in files.items() if name in learned}
 
 
 def _read(path: Path) -> np.ndarray:

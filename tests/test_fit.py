@@ -114,7 +114,7 @@ def test_rotated_copies_of_few_shots(allgood: Command, tree: Path, tmp_path: Pat
         assert answer.code == 0
         assert "without alarm thresholds" in answer.err
         inspector = library.Inspector(tmp_path / name)
-        sizes.append(len(inspector.detector.bank))
+        sizes.append(len(inspector.detector.bank.patches))
     assert sizes[0] == 8 * sizes[1] == sizes[2]
     assert (tmp_path / "a" / "weights.safetensors").read_bytes() != (
         tmp_path / "c" / "weights.safetensors"
@@ -539,7 +539,74 @@ def test_memory_budget_bounds_what_is_kept(few: Path, tmp_path: Path) -> None:
         calibration_share=0,
     )
     bank = library.Inspector(run).detector.bank
-    assert np.isfinite(bank.numpy()).all()
+    assert np.isfinite(bank.patches.numpy()).all()
+
+
+# -- some categories, few shots ------------------------------------------------------------------
+
+
+def test_masks_of_categories_that_are_not_learned(
+    allgood: Command, few: Path, tmp_path: Path
+) -> None:
+    """The folder of masks is for the data, whatever part of them a fit learns."""
+    ignore = tmp_path / "ignore"
+    for name in ("wood", "cloth"):
+        save(mask(), ignore / f"{name}.png")
+    words = ["fit", few, "--out", tmp_path / "run", *TINY, "--categories", "wood"]
+    assert allgood(*words, "--ignore", ignore).code == 0
+    assert [path.stem for path in (tmp_path / "run" / "ignore").iterdir()] == ["wood"]
+
+
+@pytest.fixture
+def untrained(tmp_path: Path) -> Path:
+    """Three categories, and of `felt` only defects."""
+    data = draw_tree(tmp_path / "data", train=4, good=1, bad=1)
+    (data / "felt" / "train" / "good").mkdir(parents=True)
+    save(part("felt", 0, defective=True), data / "felt" / "test" / "hole" / "0.png")
+    return data
+
+
+@pytest.mark.parametrize("shots", [[], ["--shots", 3]], ids=["all", "shots"])
+def test_category_without_good_pictures_is_left_out(
+    allgood: Command, untrained: Path, tmp_path: Path, shots: list[Any]
+) -> None:
+    out = tmp_path / "run"
+    answer = allgood("fit", untrained, "--out", out, *TINY, *shots)
+    assert answer.code == 0, answer.err
+    assert "without good pictures, and so not learned: felt" in answer.err
+    assert json.loads((out / "config.json").read_text())["categories"] == ["cloth", "wood"]
+
+
+@pytest.mark.parametrize("shots", [[], ["--shots", 3]], ids=["all", "shots"])
+def test_only_categories_without_good_pictures(
+    allgood: Command, untrained: Path, tmp_path: Path, shots: list[Any]
+) -> None:
+    words = ["fit", untrained, "--out", tmp_path / "run", *TINY, "--categories", "felt", *shots]
+    assert allgood.refused(*words).startswith(f"{untrained}: no good pictures to fit on")
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [
+        ["--max-false-alarm", 0.05],
+        ["--max-false-alarm", 7],
+        ["--calibration-share", 0.15],
+        ["--calibration-share", 5],
+    ],
+)
+def test_few_shots_take_no_promise(
+    allgood: Command, few: Path, tmp_path: Path, promise: list[Any]
+) -> None:
+    """There are no pictures to keep it with."""
+    words = ["fit", few, "--out", tmp_path / "run", *TINY, "--shots", 3]
+    assert allgood.refused(*words, *promise) == (
+        "--shots keeps no pictures for thresholds: leave out --max-false-alarm and "
+        "--calibration-share, and see `allgood calibrate`"
+    )
+    assert not (tmp_path / "run").exists()
+    assert allgood(*words, "--calibration-share", 0).code == 0
+    data = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+    assert (data["calibration_share"], data["held_out_pictures"]) == (0, 0)
 
 
 # -- copies --------------------------------------------------------------------------------------

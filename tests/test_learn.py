@@ -4,11 +4,13 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from doors import TINY, Command, content, draw_tree
+from data_trees import save
+from doors import TINY, Command, content, draw_tree, mask, part
 from killing import Killer
 
 import allgood as library
@@ -40,6 +42,15 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     yield tmp_path / "home" / "allgood" / "features"
+
+
+def vit_weights(path: Path) -> Path:
+    """Other weights of the tiny ViT than `random` are."""
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("test_vit").state_dict(), path)
+    return path
 
 
 def of_run(run: Path) -> dict[str, bytes]:
@@ -103,6 +114,92 @@ def test_a_full_disk_is_said(
     assert f"do not fit into {cache}, so the encoder runs in every step" in answer.err
 
 
+LEVELS = [
+    *("--encoder", "test_resnet", "--weights", "random", "--levels", "1", "2", "3"),
+    *("--image-size", "128", "--train", "steps=2", "batch_size=4"),
+]
+SMALL = ["--settings", "width=16", "layers=1"]
+SHORT = {
+    "dinomaly": [*LEARN, "--train", "steps=2", "batch_size=4"],
+    "rd4ad": ["--detector", "rd4ad", *LEVELS],
+    "flipped": ["--detector", "rd4ad", *LEVELS, "--augment", "all=flip_horizontal"],
+    "uniad": ["--detector", "uniad", *SMALL, *LEVELS],
+}
+"""Fits where only the features matter."""
+
+
+@pytest.mark.parametrize(
+    ("detector", "other"),
+    [
+        ("rd4ad", ["--tile", "96"]),
+        ("rd4ad", ["--image-size", "192"]),
+        ("rd4ad", ["--crop", "64"]),
+        ("rd4ad", ["--ignore", "IGNORE"]),
+        ("rd4ad", ["--categories", "wood"]),
+        ("flipped", ["--augment", "all=flip_vertical"]),
+        ("rd4ad", ["--detector", "minimaxad"]),
+        ("uniad", [*SMALL, "grid=10"]),
+        ("dinomaly", ["--seed", "1"]),  # keeps others of the pictures for the thresholds
+        ("dinomaly", ["--levels", "0", "1"]),
+        ("dinomaly", ["--weights", "WEIGHTS"]),
+        ("dinomaly", ["--settings", "decoder_depth=2", "constraint=one_group"]),
+        ("dinomaly", {"interpolation": "bicubic"}),
+        ("dinomaly", {"norm": True}),
+    ],
+    ids=str,
+)
+def test_what_decides_the_features_decides_the_cache(
+    allgood: Command,
+    few: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    detector: str,
+    other: list[str] | dict[str, Any],
+) -> None:
+    """A training finds no features of another one, and so is what it is with a cache of its own."""
+    words, shared, own = SHORT[detector], tmp_path / "shared", tmp_path / "own"
+    assert allgood("fit", few, "--out", tmp_path / "plain", *words, "--cache", shared).code == 0
+    if isinstance(other, dict):  # a recipe has it, no option
+        monkeypatch.setitem(RECIPES, "dinomaly", replace(RECIPES["dinomaly"], **other))
+        other = []
+    files = {
+        "IGNORE": save(mask(), tmp_path / "ignore.png"),
+        "WEIGHTS": vit_weights(tmp_path / "w.safetensors"),
+    }
+    other = [str(files.get(word, word)) for word in other]
+    weights = []
+    for cache in (shared, own):
+        run = tmp_path / f"run_{cache.name}"
+        answer = allgood("fit", few, "--out", run, *words, *other, "--cache", cache)
+        assert answer.code == 0, answer.err
+        assert "GB, built" in answer.err
+        weights.append((run / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_caches_from_before_tiles_were_in_the_key_are_not_read(
+    allgood: Command, few: Path, cache: Path, tmp_path: Path
+) -> None:
+    """A tiled training may have filled them under the name of one without tiles."""
+    assert allgood("fit", few, "--out", tmp_path / "run", *SHORT["rd4ad"]).code == 0
+    (index,) = cache.glob("*/index.json")
+    assert "tile" in json.loads(index.read_text())["key"]
+
+
+def test_copies_do_not_change_the_order_of_a_cache(allgood: Command, tmp_path: Path) -> None:
+    """The split puts copies together, also where it keeps nothing: the same pictures, one cache."""
+    data = draw_tree(tmp_path / "data", ("wood",), train=8, good=0, bad=0)
+    good = data / "wood" / "train" / "good"
+    shutil.copy(good / "000.png", good / "005.png")
+    weights = []
+    for i, (cache, share) in enumerate([("shared", 0.15), ("shared", 0), ("own", 0)]):
+        words = [*SHORT["rd4ad"], "--calibration-share", share, "--cache", tmp_path / cache]
+        answer = allgood("fit", data, "--out", tmp_path / str(i), *words)
+        assert answer.code == 0, answer.err
+        weights.append((tmp_path / str(i) / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[1] == weights[2]
+
+
 LONG = ["--train", "steps=1000000", "batch_size=4"]  # so long that a test cannot wait for its end
 
 
@@ -126,11 +223,8 @@ def test_what_was_trained_outlives_a_mistake(
     allgood: Command, few: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The encoder's weights go away behind the training, and come back."""
-    import timm
-    from safetensors.torch import save_file
-
     whole, out, weights = tmp_path / "whole", tmp_path / "run", tmp_path / "w.safetensors"
-    save_file(timm.create_model("test_vit").state_dict(), weights)
+    vit_weights(weights)
     words = ["fit", few, *LEARN, *TRAIN, "--weights", weights]
     assert "training: " in allgood(*words, "--out", whole).err
     calibrate_on = calibrating.calibrate_on
@@ -233,6 +327,50 @@ def test_a_model_per_category_of_another_command_is_not_kept(
     assert allgood("fit", few, "--out", out, *BANK, *other, "--overwrite").code == 0
     again = allgood("fit", few, "--out", out, *BANK, *other, "--device", "cpu")
     assert again.code == 0 and again.err.count("is finished") == 2
+
+
+@pytest.mark.parametrize("shots", [[], ["--shots", "3"]], ids=["all", "shots"])
+def test_a_model_per_category_of_other_pictures_is_not_kept(
+    allgood: Command, tmp_path: Path, shots: list[str]
+) -> None:
+    """A part that was labelled good by mistake does not stay learned when it is taken out."""
+    data, out = draw_tree(tmp_path / "data", train=4, good=1, bad=1), tmp_path / "runs"
+    words = ["fit", data, "--out", out, *TINY, "--per-category", "True", *shots]
+    assert allgood(*words).code == 0
+    before = content(out)
+    save(part("wood", 99), data / "wood" / "test" / "good" / "999.png")
+    again = allgood(*words)  # what is not learned does not matter
+    assert again.code == 0 and again.err.count("is finished") == 2
+    (data / "wood" / "train" / "good" / "002.png").unlink()
+    assert allgood.refused(*words) == (
+        f"run '{out / 'wood'}' was fitted on other pictures or ignored regions: give --overwrite "
+        "to fit all categories again, or name another folder with --out"
+    )
+    assert content(out) == before
+    assert allgood(*words, "--overwrite").code == 0
+    again = allgood(*words)
+    assert again.code == 0 and again.err.count("is finished") == 2
+
+
+def test_masks_of_one_model_per_category(allgood: Command, few: Path, tmp_path: Path) -> None:
+    """Each takes its own from the folder, which may lack one; one painted anew is another fit."""
+    out, ignore = tmp_path / "runs", tmp_path / "ignore"
+    masks = {name: save(mask(), ignore / f"{name}.png") for name in ("wood", "cloth")}
+    words = ["fit", few, "--out", out, *BANK, "--ignore", ignore]
+    assert allgood(*words).code == 0
+    for name in masks:
+        assert [path.stem for path in (out / name / "ignore").iterdir()] == [name]
+    again = allgood(*words)
+    assert again.code == 0 and again.err.count("is finished") == 2
+    save(mask().rotate(180), masks["wood"])
+    assert "was fitted on other pictures or ignored regions" in allgood.refused(*words)
+    masks["cloth"].unlink()
+    assert allgood(*words, "--overwrite").code == 0
+    assert [path.parent.parent.name for path in out.glob("*/ignore/*")] == ["wood"]
+    masks["wood"].rename(ignore / "wod.png")
+    assert allgood.refused(*words, "--overwrite") == (
+        f"{ignore}: expected masks named after categories (cloth, wood), found wod"
+    )
 
 
 def test_resuming_one_model_per_category(
