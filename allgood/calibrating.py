@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from allgood.types import Failure, InputError, Sample
 
 if TYPE_CHECKING:
     from allgood.calibration import Calibration
+    from allgood.data.readers import Dataset
     from allgood.inference import Inspector
 
 
@@ -36,7 +36,8 @@ def calibrate(
         max_false_alarm: share of good pictures that may raise an alarm, of every category of the
             run; 1 / (n + 1) is the least that n pictures can promise. Default: the run's own so
             far, or 0.01.
-        category: what the pictures show, where the folder's name does not say.
+        category: what the pictures show, where the folder's name does not say. Data of several
+            categories say it themselves; those never learned are left out.
         layout: how the pictures lie on disk, where it is not recognised.
         batch_size: pictures that pass the network together.
         device: auto, cpu or cuda.
@@ -46,25 +47,24 @@ def calibrate(
         does not show keep their pictures.
 
     Raises:
-        InputError: too few pictures for the rate, a category never learned, no good pictures.
+        InputError: too few pictures for the rate, no category that was learned, no good pictures,
+            the run was replaced by another meanwhile.
     """
     from allgood.data.readers import read_data
     from allgood.inference import Inspector
     from allgood.options import require_at_least
     from allgood.progress import say
-    from allgood.runs import CALIBRATION, require_writable, write_json
+    from allgood.runs import CALIBRATION, METRICS, REPORT, require_writable, write_json
 
     require_at_least(1, batch_size=batch_size)
     if max_false_alarm is not None:
         require_rate(max_false_alarm)
+    digest = _digest(run)
     inspector = Inspector(run, device=device)
     old = inspector.calibration
     rate = max_false_alarm or (old.max_false_alarm if old is not None else 0.01)
     roots = [good] if isinstance(good, str | Path) else list(good)
-    samples = [sample for sample in read_data(roots, layout=layout).samples if sample.is_good]
-    if not samples:
-        raise InputError(f"{', '.join(map(str, roots))}: no good pictures to calibrate on")
-    samples = [_with_category(sample, category, inspector) for sample in samples]
+    samples = _learned(read_data(roots, layout=layout), roots, category, inspector)
     _require_enough_kept(old, {sample.category for sample in samples}, rate)
     require_writable(inspector.run, [CALIBRATION])
     scores = _score(inspector, _unseen(samples, inspector, roots), batch_size)
@@ -73,7 +73,14 @@ def calibrate(
     if not scores.image:
         raise InputError(f"none of the good pictures could be read; {scores.failures[0].reason}")
     calibration = _kept(old, scores, rate)
+    if _digest(run) != digest:
+        raise InputError(f"run '{run}' was replaced by another meanwhile: calibrate it again")
     write_json(inspector.run / CALIBRATION, calibration.to_json())
+    if (inspector.run / REPORT).exists():
+        say(
+            f"{METRICS} and {REPORT} of run '{run}' do not know these thresholds: "
+            "`allgood evaluate` writes both anew"
+        )
     return calibration
 
 
@@ -183,17 +190,11 @@ def _unseen(
     samples: Sequence[Sample], inspector: Inspector, roots: Sequence[str | Path]
 ) -> list[Sample]:
     """Those that the run was not fitted on."""
-    from allgood.data.fingerprint import digests, source_digests
+    from allgood.data.fingerprint import unseen
     from allgood.progress import say
     from allgood.runs import PROVENANCE, read_json
 
-    known = set(read_json(inspector.run / PROVENANCE)["fitted_on"])
-    digest, source = digests(samples), source_digests(roots)
-    fresh = [
-        sample
-        for sample in samples
-        if known.isdisjoint((digest.get(sample.path), source.get(os.path.abspath(sample.path))))
-    ]
+    fresh = unseen(samples, roots, set(read_json(inspector.run / PROVENANCE)["fitted_on"]))
     if not fresh:
         raise InputError(
             f"{', '.join(map(str, roots))}: the run was fitted on all of these pictures; "
@@ -316,14 +317,47 @@ def _order(name: str, seed: int) -> bytes:
     return hashlib.sha256(f"calibration:{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
 
 
-def _with_category(sample: Sample, category: str | None, inspector: Inspector) -> Sample:
-    if category is None and len(inspector.categories) == 1:
-        category = inspector.categories[0]
-    name = category or sample.category
-    if name not in inspector.categories and category is None:
+def _learned(
+    dataset: Dataset, roots: Sequence[str | Path], category: str | None, inspector: Inspector
+) -> list[Sample]:
+    """The good pictures of categories that the run has learned, under their names.
+
+    One folder may be called anything, and a run of one category knows what it shows.
+    """
+    from allgood.progress import say
+
+    where = ", ".join(map(str, roots))
+    good = [sample for sample in dataset.samples if sample.is_good]
+    if not good:
+        raise InputError(f"{where}: no good pictures to calibrate on")
+    learned = inspector.categories
+    if category is None and len(learned) == len(dataset.categories) == 1:
+        category = learned[0]
+    if category is not None:
+        inspector.index_of(category)
+        # No two roots hold the same category, so one of these holds several.
+        if len(dataset.categories) > len(roots):
+            raise InputError(
+                f"{where}: the data hold several categories ({', '.join(dataset.categories)}): "
+                f"leave out --category, or give the pictures of '{category}' alone"
+            )
+        return [replace(sample, category=category) for sample in good]
+    kept = [sample for sample in good if sample.category in learned]
+    others = sorted({sample.category for sample in good}.difference(learned))
+    if not kept:
         raise InputError(
-            f"category '{name}' was never learned by run '{inspector.run}': name one of "
-            f"{', '.join(inspector.categories)} with --category"
+            f"category '{others[0]}' was never learned by run '{inspector.run}': where all "
+            f"pictures show the same, name one of {', '.join(learned)} with --category"
         )
-    inspector.index_of(name)
-    return replace(sample, category=name)
+    if others:
+        say(f"categories left out, as the run has not learned them: {', '.join(others)}")
+    return kept
+
+
+def _digest(run: Path) -> list[str]:
+    """Of what decides a run's scores; without config.json another run is being moved in."""
+    from allgood.data.fingerprint import content_digest
+    from allgood.runs import CONFIG, MODEL, MODEL_DATA, WEIGHTS
+
+    paths = [Path(run, name) for name in (CONFIG, WEIGHTS, MODEL, MODEL_DATA)]
+    return [content_digest(path) for path in paths if path.is_file()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from allgood.types import InputError, Sample
 
 if TYPE_CHECKING:
+    from allgood.data.readers import Dataset
     from allgood.evaluation.content import ReportContent
     from allgood.evaluation.judged import Judged
     from allgood.inference import Inspector
@@ -48,7 +48,8 @@ def evaluate(
     """Judge the test pictures of data sets and measure how well.
 
     Pictures that the run was fitted or calibrated on are left out, however they are named. Where
-    disk does not say which pictures are for testing, the run's own seeded split says it.
+    disk does not say which pictures are for testing, the run's own seeded split says it. Categories
+    that the run has not learned are not judged, and named.
 
     Args:
         run: folder of a fitted run.
@@ -67,13 +68,12 @@ def evaluate(
         the numbers; `print` shows them as a table.
 
     Raises:
-        InputError: no test pictures, a category never learned, `out` cannot be written.
+        InputError: no test pictures, no category that was learned, `out` cannot be written.
     """
     started = time.monotonic()
     arguments = dict(locals())
     from allgood.evaluation.numbers import numbers
     from allgood.evaluation.protocol import protocol
-    from allgood.evaluation.report import render_report
     from allgood.inference import Inspector
     from allgood.options import require_at_least
     from allgood.progress import say
@@ -102,7 +102,9 @@ def evaluate(
             f"run '{run}' is exported and knows maps of one size: leave out --pixel-size 0, or "
             "evaluate the run that it was made of"
         )
-    samples, num_seen = _test_samples(inspector, data, layout)
+    roots = [data] if isinstance(data, str | Path) else list(data)
+    dataset, unlearned = _learned(inspector, roots, layout)
+    samples, num_seen = _test_samples(inspector, dataset, roots)
     require_writable(out, [METRICS, REPORT])
     judged = _judge(
         inspector,
@@ -122,59 +124,72 @@ def evaluate(
             pixel_size=pixel_size,
             infer_category=infer_category,
             num_seen=num_seen,
+            unlearned=unlearned,
         ),
         command=command_line(evaluate, arguments),
         samples=samples,
     )
-    metrics = numbers(content, pixel_size)
+    metrics, page = numbers(content, pixel_size), _page(content)
     write_json(out / METRICS, metrics)
+    # Still without the gallery, which reads pictures anew: if that fails, the two files agree.
+    write_bytes(out / REPORT, page)
     content = replace(
         content,
         gallery=gallery(inspector, judged, infer_category),
         wall_seconds=time.monotonic() - started,
     )
-    # A file name that is no valid unicode holds lone surrogates, which UTF-8 cannot encode.
-    write_bytes(out / REPORT, render_report(content).encode("utf-8", errors="replace"))
+    write_bytes(out / REPORT, _page(content))
     for failure in judged.failures:
         say(f"left out: {failure.reason}")
     return Evaluation(metrics, content, out / METRICS, out / REPORT)
 
 
-def _test_samples(
-    inspector: Inspector, data: Sequence[str | Path] | str | Path, layout: str | None
-) -> tuple[list[Sample], int]:
-    """The test pictures that the run has not seen, and the number of those that it has.
+def _page(content: ReportContent) -> bytes:
+    from allgood.evaluation.report import render_report
 
-    An anomaly that `allgood synthesize` drew into a picture is seen if the picture is.
-    """
-    from allgood.data.fingerprint import digests, source_digests
+    # A file name that is no valid unicode holds lone surrogates, which UTF-8 cannot encode.
+    return render_report(content).encode("utf-8", errors="replace")
+
+
+def _learned(
+    inspector: Inspector, roots: Sequence[str | Path], layout: str | None
+) -> tuple[Dataset, list[str]]:
+    """The data of categories that the run has learned, and the names of the others."""
     from allgood.data.readers import read_data
-    from allgood.runs import PROVENANCE, read_json
+    from allgood.progress import say
 
-    roots = [data] if isinstance(data, str | Path) else list(data)
     dataset = read_data(
         roots,
         layout=layout,
         train_share=inspector.config["data"]["train_share"],
         seed=inspector.config["seed"],
     )
-    for category in dataset.categories:
-        inspector.index_of(category)
-    known = set(read_json(inspector.run / PROVENANCE)["fitted_on"])
+    unlearned = [name for name in dataset.categories if name not in inspector.categories]
+    learned = [name for name in dataset.categories if name in inspector.categories]
+    if not learned:
+        inspector.index_of(unlearned[0])  # says what the run knows
+    if unlearned:
+        say(f"categories not judged, as the run has not learned them: {', '.join(unlearned)}")
+    return dataset.only(learned), unlearned
+
+
+def _test_samples(
+    inspector: Inspector, dataset: Dataset, roots: Sequence[str | Path]
+) -> tuple[list[Sample], int]:
+    """The test pictures that the run has not seen, and the number of those that it has."""
+    from allgood.data.fingerprint import source_digests, unseen
+    from allgood.runs import PROVENANCE, read_json
+
+    seen = set(read_json(inspector.run / PROVENANCE)["fitted_on"])
     if inspector.calibration is not None:
-        known.update(*inspector.calibration.pictures.values())
-    digest, source = digests(dataset.test), source_digests(roots)
-    samples = [
-        sample
-        for sample in dataset.test
-        if known.isdisjoint((digest.get(sample.path), source.get(os.path.abspath(sample.path))))
-    ]
+        seen.update(*inspector.calibration.pictures.values())
+    samples = unseen(dataset.test, roots, seen)
     num_seen = len(dataset.test) - len(samples)
     if not samples:
-        seen = f"; all {num_seen} were seen in fitting or calibration" if num_seen else ""
-        if num_seen and source:
-            seen += ", or drawn into pictures that were: synthesize first, then fit on its output"
-        raise InputError(f"{', '.join(map(str, roots))}: no test pictures{seen}")
+        why = f"; all {num_seen} were seen in fitting or calibration" if num_seen else ""
+        if num_seen and source_digests(roots):
+            why += ", or drawn into pictures that were: synthesize first, then fit on its output"
+        raise InputError(f"{', '.join(map(str, roots))}: no test pictures{why}")
     return samples, num_seen
 
 

@@ -89,19 +89,12 @@ def _category_result(judged: Judged, name: str, inspector: Inspector) -> Categor
 
     from allgood.evaluation.content import CategoryResult, Curves
     from allgood.evaluation.judged import BOTH
-    from allgood.metrics import Metric, image_curves, image_metrics, mad
+    from allgood.metrics import image_curves, image_metrics, mad
 
     rows = judged.rows(name)
     scores, bad = judged.image_scores(rows)
-    metrics: dict[str, Metric] = image_metrics(scores, bad) | judged.pixel_metrics[BOTH][name]
+    metrics = image_metrics(scores, bad) | judged.pixel_metrics[BOTH][name]
     metrics["mad"] = mad(metrics)
-    if name in judged.aupro_per_image:
-        area = float(np.mean(judged.aupro_per_image[name]))
-        metrics["aupro_per_image"] = (
-            Metric.undefined("a map with no threshold below the limit")
-            if np.isnan(area)
-            else Metric.exact(area)
-        )
     calibration = _calibration_scores(inspector, [judged.category_of[name]])
     raised = [i for i in rows if _is_alarm(inspector, judged, i)]
     return CategoryResult(

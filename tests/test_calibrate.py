@@ -4,14 +4,16 @@ import json
 import shutil
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from doors import TINY, Command, draw_tree, part
+from doors import TINY, Command, content, draw_tree, part
 from hypothesis import given
 from hypothesis import strategies as st
 
 import allgood as library
+from allgood import calibrating
 from allgood.calibration import (
     Calibration,
     least_rate,
@@ -19,6 +21,7 @@ from allgood.calibration import (
     pictures_needed,
     threshold,
 )
+from allgood.cli import main
 from allgood.types import InputError
 
 pytest_plugins = ["doors_fixtures"]
@@ -161,6 +164,20 @@ def uncalibrated(tree: Path, tmp_path: Path) -> Path:
     )
 
 
+@pytest.fixture
+def wood_run(tree: Path, tmp_path: Path) -> Path:
+    """Uncalibrated, of one of the two categories."""
+    return library.fit(
+        tree,
+        out=tmp_path / "run",
+        categories=("wood",),
+        encoder="test_efficientnet",
+        weights="random",
+        image_size=32,
+        calibration_share=0,
+    )
+
+
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 more good pictures per category, in folders named after them."""
@@ -260,11 +277,91 @@ def test_category_named(allgood: Command, uncalibrated: Path, fresh: Path, tmp_p
     said = allgood.refused(*words)
     assert said == (
         f"category 'monday' was never learned by run '{uncalibrated}': "
-        "name one of cloth, wood with --category"
+        "where all pictures show the same, name one of cloth, wood with --category"
     )
     assert "did you mean 'wood'?" in allgood.refused(*words, "--category", "woood")
     assert not (uncalibrated / "calibration.json").exists()
     assert allgood(*words, "--category", "wood").code == 0
+
+
+def test_one_category_run_takes_its_own_pictures(
+    allgood: Command, wood_run: Path, fresh: Path, tmp_path: Path
+) -> None:
+    """Of data that name several categories; a single folder may be called anything."""
+    data = tmp_path / "data"
+    for category in ("wood", "cloth"):
+        shutil.copytree(fresh / category, data / category / "train" / "good")
+    table = tmp_path / "data.csv"
+    rows = [f"{path},{path.parent.name}" for path in sorted(fresh.glob("*/*.png"))]
+    table.write_text("\n".join(["image,category", *rows]))
+    rate = ["--max-false-alarm", 0.05]
+    alone = allgood("calibrate", wood_run, data / "wood", *rate)
+    assert "from 30 good pictures" in alone.out
+    for roots in ([data], [table], [fresh / "wood", fresh / "cloth"]):
+        answer = allgood("calibrate", wood_run, *roots, *rate)
+        assert (answer.code, answer.out) == (0, alone.out)
+        assert "categories left out, as the run has not learned them: cloth" in answer.err
+    shots = shutil.copytree(fresh / "wood", tmp_path / "monday")
+    assert allgood("calibrate", wood_run, shots, *rate).out == alone.out
+
+
+def test_several_categories_are_never_taken_for_one(
+    allgood: Command, wood_run: Path, fresh: Path, tmp_path: Path
+) -> None:
+    for name, category in (("oak", "wood"), ("linen", "cloth")):
+        shutil.copytree(fresh / category, tmp_path / "data" / name / "train" / "good")
+    words = ["calibrate", wood_run, tmp_path / "data", "--max-false-alarm", 0.05]
+    assert "category 'linen' was never learned" in allgood.refused(*words)
+    assert allgood.refused(*words, "--category", "wood") == (
+        f"{tmp_path / 'data'}: the data hold several categories (linen, oak): leave out "
+        "--category, or give the pictures of 'wood' alone"
+    )
+    assert not (wood_run / "calibration.json").exists()
+    folders = [shutil.copytree(fresh / "wood", tmp_path / "monday")]
+    folders.append(tmp_path / "tuesday")
+    folders[1].mkdir()
+    for i in range(9):
+        part("wood", 7000 + i).save(folders[1] / f"{i}.png")
+    answer = allgood("calibrate", wood_run, *folders, "--category", "wood", *words[-2:])
+    assert "from 39 good pictures" in answer.out
+
+
+def test_run_replaced_meanwhile_keeps_its_own_thresholds(
+    allgood: Command, tree: Path, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    fit = ["fit", tree, "--out", run, *TINY, "--overwrite"]
+    assert allgood(*fit).code == 0
+    score, other = calibrating._score, {}
+
+    def score_and_replace(*arguments: Any) -> Any:
+        monkeypatch.setattr(calibrating, "_score", score)
+        scores = score(*arguments)
+        assert main([str(word) for word in [*fit, "--settings", "coreset_ratio=0.5"]]) == 0
+        other.update(content(run))
+        return scores
+
+    monkeypatch.setattr(calibrating, "_score", score_and_replace)
+    words = ["calibrate", run, fresh / "wood"]
+    said = allgood(*words).err.splitlines()[-1]
+    assert said == f"allgood: run '{run}' was replaced by another meanwhile: calibrate it again"
+    assert content(run) == other
+    assert allgood(*words).code == 0
+
+
+def test_report_of_the_thresholds_before_is_named(
+    allgood: Command, uncalibrated: Path, fresh: Path, tree: Path
+) -> None:
+    words = ["calibrate", uncalibrated, fresh / "wood", "--max-false-alarm", 0.05]
+    assert "these thresholds" not in allgood(*words).err
+    assert allgood("evaluate", uncalibrated, tree).code == 0
+    before = content(uncalibrated)
+    answer = allgood(*words[:-1], 0.2)
+    assert answer.err.splitlines()[-1] == (
+        f"metrics.json and report.html of run '{uncalibrated}' do not know these "
+        "thresholds: `allgood evaluate` writes both anew"
+    )
+    assert content(uncalibrated)["report.html"] == before["report.html"]
 
 
 def test_defective_pictures_do_not_calibrate(

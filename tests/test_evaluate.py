@@ -325,16 +325,27 @@ def test_gallery_is_spread_over_the_categories(
     assert {item.name for item in few} < {item.name for item in gallery}
 
 
-def test_numbers_are_written_before_the_gallery_is_drawn(
-    run: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_numbers_and_page_are_written_before_the_gallery_is_drawn(
+    run: Path,
+    tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
 ) -> None:
+    """So neither is lost, and none stays of the evaluation before."""
+    first = library.evaluate(run, tree / "wood", out=tmp_path)
+
     def fail(*_: Any) -> None:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(results, "gallery", fail)
-    with pytest.raises(MemoryError):
+    with pytest.raises(error):
         library.evaluate(run, tree, out=tmp_path)
-    assert metrics_in(tmp_path)["categories"]["wood"]["image_auroc"]["value"] > 0.9
+    numbers, page = metrics_in(tmp_path), (tmp_path / "report.html").read_text()
+    assert numbers["categories"]["cloth"]["image_auroc"]["value"] > 0.9
+    assert numbers["test_data_fingerprint"] in page
+    assert first.metrics["test_data_fingerprint"] not in page
 
 
 # -- other data ----------------------------------------------------------------------------------
@@ -413,6 +424,26 @@ def test_uncalibrated_run(tree: Path, tmp_path: Path) -> None:
         sentence.startswith("12 test pictures were left out: the run was fitted or calibrated")
         for sentence in said["protocol"]
     )
+
+
+def test_categories_never_learned_are_not_judged(
+    allgood: Command, tree: Path, tmp_path: Path
+) -> None:
+    """The very data that a run of one category was fitted on; the numbers are its own."""
+    run = tmp_path / "run"
+    assert allgood("fit", tree, "--categories", "wood", "--out", run, *TINY).code == 0
+    alone = library.evaluate(run, tree / "wood").metrics
+    answer = allgood("evaluate", run, tree)
+    assert answer.code == 0
+    assert "categories not judged, as the run has not learned them: cloth" in answer.err
+    numbers = metrics_in(run)
+    assert numbers["protocol"] == [
+        *alone["protocol"],
+        "Categories not judged, as the run has not learned them: cloth.",
+    ]
+    for part_of in ("categories", "mean", "pooled", "alarms"):
+        assert numbers[part_of] == alone[part_of]
+    assert "Categories not judged, as" in (run / "report.html").read_text()
 
 
 def test_seen_pictures_are_left_out(

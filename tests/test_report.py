@@ -232,6 +232,14 @@ def test_first_screen_in_words() -> None:
     assert "The promised false-alarm rate was kept." in text
 
 
+def test_metric_without_a_group_is_left_out_by_its_own_name() -> None:
+    content = report(["bottle"])
+    metrics = {**content.categories[0].metrics, "mad": Metric.undefined("no good images")}
+    bottle = dataclasses.replace(content.categories[0], metrics=metrics)
+    shown = metric_table(dataclasses.replace(content, categories=[bottle]))
+    assert shown.left_out == ["mAD is not defined in any category: no good images."]
+
+
 def test_undefined_pixel_metrics_become_one_sentence() -> None:
     content = CONTENTS["no masks"]
     text = Page(render_report(content)).text

@@ -187,5 +187,6 @@ class ReportContent:
             raise ValueError("a report needs at least one category")
 
     @property
-    def has_pooled_row(self) -> bool:
-        return self.pooled is not None and len(self.categories) > 1
+    def pooled_row(self) -> CategoryResult | None:
+        """What the page and the table show of it: nothing when there is one category."""
+        return self.pooled if len(self.categories) > 1 else None

@@ -51,12 +51,13 @@ class Judged:
         """Of each map, by row."""
         self.pixel_curves: dict[str, dict[str, Floats]] = {}
         """Of the first map, by row."""
-        self.aupro_per_image: dict[str, list[float]] = {}
         self.failures: list[Failure] = []
         self.unreadable: dict[str, int] = {}
         self._row = ""
         self._pixels: list[PixelState] = []
         """Of the row whose pictures are coming, map by map."""
+        self._areas: list[float] = []
+        """AUPRO of each of its defective pictures, where the row is a domain."""
 
     @property
     def scores(self) -> list[float]:
@@ -97,8 +98,7 @@ class Judged:
             mask = batch.mask[i].numpy()
             ids = [f"{sample.category}/{sample.id}"]
             if "domain" in sample.meta and mask.any():
-                area = aupro_200_per_image(_finite(maps[i, :1]).numpy(), mask)
-                self.aupro_per_image.setdefault(name, []).append(area)
+                self._areas.append(aupro_200_per_image(_finite(maps[i, :1]).numpy(), mask))
             for which, pixels in enumerate(self._pixels):
                 pixels.update(maps[i, which : which + 1].numpy(), mask, ids)
             self.pooled.update(maps[i, :1].numpy(), mask, ids)
@@ -110,8 +110,17 @@ class Judged:
         assert self._row not in self.pixel_curves, "pictures must come row by row"
         for metrics, pixels in zip(self.pixel_metrics, self._pixels, strict=True):
             metrics[self._row] = pixels.result()
+        if self._areas:
+            self.pixel_metrics[BOTH][self._row]["aupro_per_image"] = _mean_area(self._areas)
         self.pixel_curves[self._row] = self._pixels[BOTH].curves()
-        self._pixels = []
+        self._pixels, self._areas = [], []
+
+
+def _mean_area(areas: Sequence[float]) -> Metric:
+    area = float(np.mean(areas))
+    if np.isnan(area):
+        return Metric.undefined("a map with no threshold below the limit")
+    return Metric.exact(area)
 
 
 def _finite(anomaly_map: Tensor) -> Tensor:

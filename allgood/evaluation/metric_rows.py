@@ -111,8 +111,8 @@ def metric_table(content: ReportContent) -> MetricTable:
     sources = [(c.name, "category", c.metrics) for c in content.categories]
     if len(content.categories) > 1:
         sources.append(("Mean of categories", "mean", content.mean))
-    if content.pooled is not None and content.has_pooled_row:
-        sources.append((content.pooled.name, "pooled", content.pooled.metrics))
+    if content.pooled_row is not None:
+        sources.append((content.pooled_row.name, "pooled", content.pooled_row.metrics))
     every = [metrics for _, _, metrics in sources]
     seen = {name for metrics in every for name in metrics}
     measured = [name for name in METRICS if name in seen]
@@ -207,11 +207,7 @@ def _left_out(hidden: dict[str, list[str]], measured: list[str]) -> list[str]:
         hidden = {n: r for n, r in hidden.items() if n not in pixels and n != "mad"}
     by_reason: dict[str, list[str]] = {}
     for name, reasons in hidden.items():
-        column = _named(name)
-        full = (
-            column.label if column.group in ("All", "Other") else f"{column.group} {column.label}"
-        )
-        by_reason.setdefault(reasons[0], []).append(full)
+        by_reason.setdefault(reasons[0], []).append(_named(name).full)
     for reason, names in by_reason.items():
         are = "is" if len(names) == 1 else "are"
         sentences.append(f"{words.listed(names)} {are} not defined in any category: {reason}.")

@@ -1,6 +1,6 @@
 """How a run was measured, in words."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allgood.evaluation.judged import Judged
@@ -14,6 +14,7 @@ def protocol(
     pixel_size: int,
     infer_category: bool,
     num_seen: int,
+    unlearned: Sequence[str],
 ) -> list[str]:
     """How it was measured, in sentences for the report and metrics.json.
 
@@ -23,6 +24,7 @@ def protocol(
         pixel_size: side of the maps compared; 0: each picture's own.
         infer_category: whether the run had to tell the categories itself.
         num_seen: test pictures left out because the run knows them.
+        unlearned: categories of the data left out because the run does not know them.
     """
     num_categories = len(config["categories"])
     sentences = [
@@ -77,6 +79,9 @@ def protocol(
         sentences.append(
             f"{num_seen} test pictures were left out: the run was fitted or calibrated on them."
         )
+    if unlearned:
+        names = ", ".join(unlearned)
+        sentences.append(f"Categories not judged, as the run has not learned them: {names}.")
     for root, layout in config["data"]["layouts"].items():
         if layout == "elpv":
             sentences.append(

@@ -57,7 +57,7 @@ def render_report(content: ReportContent) -> str:
     }
     categories = content.categories
     ranges, shared_axis = charts.score_ranges(categories)
-    pooled = [content.pooled] if content.pooled is not None and content.has_pooled_row else []
+    pooled = [content.pooled_row] if content.pooled_row is not None else []
     curve_names, curves = _curve_rows([*pooled, *categories])
     return environment.get_template("report.html").render(
         content=content,

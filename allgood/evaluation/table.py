@@ -22,8 +22,8 @@ def table(content: ReportContent) -> str:
     counts = [_counts(c) for c in content.categories]
     if len(content.categories) > 1:
         counts.append([""] * 4)  # of the mean
-    if content.pooled is not None and content.has_pooled_row:
-        counts.append(_counts(content.pooled))
+    if content.pooled_row is not None:
+        counts.append(_counts(content.pooled_row))
     groups = ["", "", "", "", "false"]
     labels = ["category", "good", "defective", "found", "alarms"]
     for column in metrics.columns:
