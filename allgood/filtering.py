@@ -100,7 +100,7 @@ def filter(
         require_enough,
         resolved_configs,
     )
-    from allgood.ignored import digests
+    from allgood.ignored import mask_digests
     from allgood.learning import default_cache_root
     from allgood.options import require_at_least
     from allgood.pictures import Pictures
@@ -168,7 +168,7 @@ def filter(
     key = {
         "host": host_digest(inspector.run),
         "pictures": fingerprint(taught, digest),
-        "ignore": digests(inspector.ignore),
+        "ignore": mask_digests(inspector.ignore),
         "synthesis": wanted["synthesis"],
         "draws": draws,
         "seed": seed,

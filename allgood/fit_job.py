@@ -3,19 +3,37 @@
 detector fitted -> files written -> calibrated -> published
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from allgood.learning import Training
-    from allgood.pictures import Pictures
-    from allgood.types import Failure, Sample
+from allgood.banking import fill_bank
+from allgood.calibrating import calibrate_on
+from allgood.data.fingerprint import fingerprint
+from allgood.ignored import mask_digests, write_masks
+from allgood.learning import Training, learn
+from allgood.own_state import own_state
+from allgood.pictures import Pictures
+from allgood.progress import say
+from allgood.runs import (
+    CALIBRATION,
+    CONFIG,
+    PROVENANCE,
+    STATE,
+    TRAINING_LOG,
+    WEIGHTS,
+    finish,
+    is_finished,
+    provenance,
+    read_json,
+    write_json,
+    write_weights,
+)
+from allgood.types import Failure, Sample
+from allgood.unfinished import making
 
 
 @dataclass(frozen=True)
@@ -47,12 +65,11 @@ class Job:
 
     def request(self) -> dict[str, Any]:
         """What a killed fit must agree in to be gone on with."""
-        from allgood.ignored import digests
 
         return self.config | {
             "fingerprint": self.facts["data_fingerprint"],
             "max_false_alarm": self.max_false_alarm,
-            "ignore": digests(self.pictures.ignore_of),
+            "ignore": mask_digests(self.pictures.ignore_of),
         }
 
 
@@ -61,9 +78,6 @@ def make_run(out: Path, job: Job, overwrite: bool) -> None:
 
     Of several processes the first does all but the training alone.
     """
-    from allgood.runs import STATE, is_finished
-    from allgood.unfinished import making
-
     training = job.training
     if training is not None and not training.fabric.is_global_zero:
         if not training.fabric.broadcast(False):
@@ -90,16 +104,12 @@ def _learn(job: Job, training: Training, folder: Path) -> list[Failure]:
     Returns:
         the pictures that could not be read.
     """
-    from allgood.data.fingerprint import fingerprint
-    from allgood.ignored import digests
-    from allgood.learning import learn
-
     key = {
         "pictures": fingerprint(job.pictures.samples, job.digests),
         "encoder": job.config["encoder"],
         "tile": job.config["tile"],
         "transform": job.config["transform"],
-        "ignore": digests(job.pictures.ignore_of),
+        "ignore": mask_digests(job.pictures.ignore_of),
         "augment": {name: list(how.shares()) for name, how in job.pictures.augment.items()},
         "encoding": job.model.encoding,
     }
@@ -120,8 +130,6 @@ def _fill_bank(job: Job, folder: Path) -> list[Failure]:
     Returns:
         the pictures that could not be read.
     """
-    from allgood.banking import fill_bank
-
     return fill_bank(
         job.model,
         job.pictures,
@@ -135,20 +143,6 @@ def _fill_bank(job: Job, folder: Path) -> list[Failure]:
 
 def _write_run(new: Path, job: Job, failures: Sequence[Failure], training: Path) -> None:
     """All files of the run, the thresholds among them."""
-    from allgood.calibrating import calibrate_on
-    from allgood.ignored import write_masks
-    from allgood.own_state import own_state
-    from allgood.runs import (
-        CONFIG,
-        PROVENANCE,
-        TRAINING_LOG,
-        WEIGHTS,
-        finish,
-        provenance,
-        write_json,
-        write_weights,
-    )
-
     new.mkdir(exist_ok=True)
     write_weights(new / WEIGHTS, own_state(job.model))
     write_masks(new, job.pictures.ignore_of)
@@ -169,9 +163,6 @@ def _write_run(new: Path, job: Job, failures: Sequence[Failure], training: Path)
 
 def _say_result(out: Path) -> None:
     """The end of a fit on stderr: what was left out, and what there is now."""
-    from allgood.progress import say
-    from allgood.runs import CALIBRATION, CONFIG, PROVENANCE, read_json
-
     config, facts = read_json(out / CONFIG), read_json(out / PROVENANCE)
     if facts["unreadable"]:
         say(f"left out, as they could not be read: {len(facts['unreadable'])} pictures")

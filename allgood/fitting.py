@@ -1,33 +1,22 @@
 """Door: good pictures -> a run's folder. `allgood.fit` for Python users and the command line.
 
-What is asked for is resolved and checked here, before anything is written; `fit_job` does it.
+What is asked for is resolved and checked first, before anything is written: `fit_setup` has parts
+of that. `fit_job` does it.
 """
 
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from allgood.types import InputError
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from allgood.data.readers import Dataset
-    from allgood.data.transforms import Transform
-    from allgood.encoders.frozen import FrozenEncoder
-    from allgood.recipes import Recipe
-    from allgood.types import Sample
-
 ROTATIONS = (0, 45, 90, 135, 180, 225, 270, 315)
 """Angles of the rotated copies of few-shot references (AnomalyDINO)."""
-INCIDENTAL = ("--out", "--cache", "--no-cache", "--tensorboard", "--device", "--overwrite")
-"""Options by which two commands may differ and still ask for the same run."""
 
 
 def fit(
@@ -132,6 +121,7 @@ def fit(
     from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
     from allgood.encoders.tiled import tiled
     from allgood.fit_job import Job, make_run
+    from allgood.fit_setup import few_shots, input_transform, read_good, resolved_recipe
     from allgood.ignored import read_given
     from allgood.options import choose_device, require_at_least
     from allgood.pictures import Pictures
@@ -151,7 +141,7 @@ def fit(
             "--shots keeps no pictures for thresholds: leave out --max-false-alarm and "
             "--calibration-share, and see `allgood calibrate`"
         )
-    chosen_recipe = _resolved_recipe(recipe, detector, encoder, levels)
+    chosen_recipe = resolved_recipe(recipe, detector, encoder, levels)
     if chosen_recipe.per_category if per_category is None else per_category:
         return _fit_each(roots, arguments)
     refuse_folder(out, overwrite)
@@ -159,7 +149,7 @@ def fit(
         raise InputError(f"'{out}' holds no unfinished fit: leave out --resume")
     config_class, detector_class = detector_classes(chosen_recipe.detector)
     detector_config = configured(config_class, chosen_recipe.settings, settings)
-    dataset, known = _read_good(roots, layout, categories, train_share, seed)
+    dataset, known = read_good(roots, layout, categories, train_share, seed)
     promised = 0.05 if max_false_alarm is None else max_false_alarm
     if calibration_share is None:
         calibration_share = 0.15 if shots is None else 0.0
@@ -188,7 +178,7 @@ def fit(
     )
     frozen = FrozenEncoder(encoder_config)
     encoder_config = replace(encoder_config, levels=frozen.levels)
-    transform = _transform(chosen_recipe, frozen, image_size, crop, keep_aspect)
+    transform = input_transform(chosen_recipe, frozen, image_size, crop, keep_aspect)
     model = detector_class(detector_config, tiled(frozen, tile), learned, seed=seed)
     if rotate is None:
         rotate = chosen_recipe.detector == "anomalydino" and shots is not None
@@ -278,6 +268,7 @@ def fit(
 def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path:
     """One run per category, in OUT/CATEGORY; those that the same command has finished stay."""
     from allgood.data.augmentation import asked_of, augmentations
+    from allgood.fit_setup import few_shots, read_good, require_same
     from allgood.ignored import read_given
     from allgood.progress import say
     from allgood.runs import CONFIG, command_line, file_name
@@ -286,7 +277,7 @@ def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path
     asked = dict(arguments)
     out = Path(asked["out"])
     shots, seed = asked["shots"], asked["seed"]
-    dataset, known = _read_good(
+    dataset, known = read_good(
         roots, asked["layout"], asked["categories"], asked["train_share"], seed
     )
     to_learn = dataset.train if shots is None else few_shots(dataset, shots, seed)
@@ -302,7 +293,7 @@ def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path
             continue
         own = [sample for sample in to_learn if sample.category == category]
         masks = read_given(asked["ignore"], known, [category])
-        _require_same(folder, command_line(fit, asked | one), own, masks)
+        require_same(folder, command_line(fit, asked | one), own, masks)
         say(f"{folder} is finished")
     has_begun = len(to_fit) < len(names) or any(is_unfinished(a["out"]) for a in to_fit.values())
     if asked["resume"] and not (to_fit and has_begun):
@@ -311,135 +302,3 @@ def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path
         say(f"category {category}")
         fit(**its_arguments)
     return out
-
-
-def _require_same(
-    run: Path, command: str, samples: Sequence[Sample], masks: Mapping[str, np.ndarray]
-) -> None:
-    """InputError where a finished run is of another command, or its data have changed since."""
-    from allgood.data.fingerprint import fingerprint
-    from allgood.ignored import digests, read_masks
-    from allgood.runs import PROVENANCE, read_json
-
-    facts = read_json(run / PROVENANCE)
-    if _decisive_words(facts["command"]) != _decisive_words(command):
-        raise InputError(
-            f"run '{run}' was fitted by another command: give that command again, name another "
-            "folder with --out, or give --overwrite"
-        )
-    categories = sorted({sample.category for sample in samples})
-    if facts["data_fingerprint"] != fingerprint(samples) or (
-        digests(read_masks(run, categories)) != digests(masks)
-    ):
-        raise InputError(
-            f"run '{run}' was fitted on other pictures or ignored regions: give --overwrite to fit "
-            "all categories again, or name another folder with --out"
-        )
-
-
-def _decisive_words(command: str) -> list[str]:
-    """The words of a command that decide what is learned."""
-    words, is_decisive = [], True
-    for word in shlex.split(command):
-        if word.startswith("--"):
-            is_decisive = word not in INCIDENTAL
-        if is_decisive:
-            words.append(word)
-    return words
-
-
-def few_shots(dataset: Dataset, shots: int, seed: int) -> list[Sample]:
-    """The AnomalyDINO protocol: entries seed*k ... (seed+1)*k - 1 of each category's sorted good
-    list; a category without good pictures has no part in it."""
-    chosen = []
-    for category in sorted({sample.category for sample in dataset.train}):
-        good = [sample for sample in dataset.train if sample.category == category]
-        block = good[seed * shots : (seed + 1) * shots]
-        if len(block) < shots:
-            raise InputError(
-                f"category '{category}' has {len(good)} good pictures, too few for "
-                f"{shots} shots with seed {seed}, which needs {(seed + 1) * shots}"
-            )
-        chosen += block
-    return chosen
-
-
-def _resolved_recipe(
-    name: str | None,
-    detector: str | None,
-    encoder: str | None,
-    levels: tuple[int, ...] | None,
-) -> Recipe:
-    """The recipe named, or the detector's own, with what the user says otherwise."""
-    from allgood.detectors import detector_classes
-    from allgood.recipes import find_recipe
-
-    if name is None:
-        detector = detector or "patchcore"
-        detector_classes(detector)  # so that the user reads of detectors, not of recipes
-    recipe = find_recipe(name or detector or "")
-    if detector is not None and detector != recipe.detector:
-        raise InputError(
-            f"recipe '{name}' is one of {recipe.detector}, not of {detector}: leave out --detector"
-        )
-    if encoder is not None:
-        recipe = replace(recipe, encoder=encoder)
-    return recipe if levels is None else replace(recipe, levels=levels)
-
-
-def _read_good(
-    roots: Sequence[str | Path],
-    layout: str | None,
-    categories: Sequence[str] | None,
-    train_share: float,
-    seed: int,
-) -> tuple[Dataset, tuple[str, ...]]:
-    """The data of the categories asked for, described on stderr, and the names of all categories
-    that lie there; there is something to learn from."""
-    from allgood.data.readers import read_data
-    from allgood.progress import say
-
-    dataset = read_data(roots, layout=layout, train_share=train_share, seed=seed)
-    known = dataset.categories
-    if categories is not None:
-        dataset = dataset.only(categories)
-    if not dataset.train:
-        raise InputError(
-            f"{', '.join(map(str, roots))}: no good pictures to fit on; "
-            "the layouts that are understood: allgood list datasets"
-        )
-    say(dataset.describe())
-    if dataset.untrained:
-        say(f"without good pictures, and so not learned: {', '.join(dataset.untrained)}")
-    return dataset, known
-
-
-def _transform(
-    recipe: Recipe,
-    encoder: FrozenEncoder,
-    image_size: int | None,
-    crop: int | None,
-    keep_aspect: bool | None,
-) -> Transform:
-    """The recipe's input geometry, or the user's."""
-    from allgood.data.transforms import Transform
-
-    multiple = encoder.multiple
-    keep = recipe.keep_aspect if keep_aspect is None else keep_aspect
-    if image_size is None:
-        size, recipe_crop = recipe.image_size, recipe.crop
-        if recipe.patch is not None and encoder.is_vit:  # as many patches as the paper has
-            size = size * multiple // recipe.patch
-            recipe_crop = recipe_crop and recipe_crop * multiple // recipe.patch
-        size -= size % multiple
-        crop = crop or recipe_crop
-    else:
-        size = image_size
-        if crop is None and (size < multiple or (size % multiple and not keep)):
-            lower = size - size % multiple
-            near = f"{lower} or {lower + multiple}" if lower else str(multiple)
-            raise InputError(
-                f"image_size must be a multiple of {multiple} for encoder "
-                f"'{encoder.config.name}', got {size}: take {near}"
-            )
-    return Transform(size, keep, multiple, crop, interpolation=recipe.interpolation)

@@ -78,7 +78,7 @@ def read_masks(run: Path, categories: Sequence[str]) -> dict[str, np.ndarray]:
     return {name: read_image(path)[..., 0] > 0 for name, path in files.items() if path.is_file()}
 
 
-def digests(masks: Mapping[str, np.ndarray]) -> dict[str, str]:
+def mask_digests(masks: Mapping[str, np.ndarray]) -> dict[str, str]:
     """16 hex digits per mask."""
     return {
         name: hashlib.blake2b(mask.tobytes() + str(mask.shape).encode(), digest_size=8).hexdigest()

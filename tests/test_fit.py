@@ -392,7 +392,7 @@ def test_a_mistake_costs_nothing_that_was_learned(
         raise InputError("the encoder's weights are gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("allgood.calibrating.calibrate_on", refuse)
+        patch.setattr("allgood.fit_job.calibrate_on", refuse)
         assert allgood.refused(*words) == "the encoder's weights are gone"
     answer = allgood(*words, "--resume")
     assert answer.code == 0, answer.err

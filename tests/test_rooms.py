@@ -58,10 +58,13 @@ DOORS = {
         *("types", "data", "runs", "progress", "unfinished", "ignored", "pictures", "own_state"),
         *("calibrating", "banking", "learning"),
     },
+    "fit_setup": {
+        *("types", "data", "encoders", "detectors", "runs", "progress", "ignored", "recipes"),
+    },
     "fitting": {
         *("types", "data", "encoders", "detectors", "runs", "progress", "unfinished"),
         *("ignored", "pictures", "recipes", "training", "calibrating", "learning"),
-        *("options", "fit_job"),
+        *("options", "fit_setup", "fit_job"),
     },
     "filter_job": {
         *("types", "costfilter", "drawing", "runs", "progress", "unfinished", "ignored"),
