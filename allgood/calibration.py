@@ -8,13 +8,19 @@ and the distribution of its scores.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from allgood.types import InputError
+
+
+def require_rate(max_false_alarm: float) -> None:
+    """InputError where this is no share of pictures."""
+    if not 0 < max_false_alarm < 1:
+        raise InputError(f"max_false_alarm must lie between 0 and 1, got {max_false_alarm:g}")
 
 
 def pictures_needed(max_false_alarm: float) -> int:
@@ -54,56 +60,61 @@ def p_value(score: float, scores: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
+class GoodScores:
+    """What the good calibration pictures of one category scored."""
+
+    image: Sequence[float]
+    """Image score of each picture."""
+    map_maximum: Sequence[float]
+    """Highest value of each picture's map: a region drawn above the threshold of these shows on at
+    most the promised share of good pictures."""
+    pictures: Sequence[str] = ()
+    """Digests of the pictures, by which a test recognises them."""
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """What the good calibration pictures scored."""
+    """Thresholds, from what good pictures scored."""
 
     max_false_alarm: float
     """The promise: at most this share of good pictures raises an alarm."""
-    image_scores: Mapping[str, Sequence[float]]
-    """Per category."""
-    map_maxima: Mapping[str, Sequence[float]]
-    """Per category, the highest value of each picture's map: a region drawn above the threshold of
-    these shows on at most the same share of good pictures."""
-    pictures: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Per category, digests of the pictures, by which a test recognises them."""
+    categories: Mapping[str, GoodScores]
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_false_alarm < 1:
-            raise InputError(
-                f"max_false_alarm must lie between 0 and 1, got {self.max_false_alarm:g}"
-            )
+        require_rate(self.max_false_alarm)
         needed = pictures_needed(self.max_false_alarm)
-        for category, scores in self.image_scores.items():
-            if len(scores) < needed:
+        for category, scores in self.categories.items():
+            count = len(scores.image)
+            if count < needed:
                 raise InputError(
-                    f"category '{category}' has {len(scores)} good calibration pictures, but a "
+                    f"category '{category}' has {count} good calibration pictures, but a "
                     f"false-alarm rate of {self.max_false_alarm:g} needs {needed}: give more, or "
-                    f"promise no less than {least_rate(len(scores)):g}"
+                    f"promise no less than {least_rate(count):g}"
                 )
 
     def __str__(self) -> str:
         lines = [f"at most {100 * self.max_false_alarm:g} % of good pictures raise an alarm"]
-        width = max(map(len, self.image_scores), default=0)
+        width = max(map(len, self.categories), default=0)
         lines += [
             f"  {name:<{width}}  alarm above {self.image_threshold(name):.4g}, "
-            f"from {len(scores)} good pictures"
-            for name, scores in self.image_scores.items()
+            f"from {len(scores.image)} good pictures"
+            for name, scores in self.categories.items()
         ]
         return "\n".join(lines)
 
     def knows(self, category: str) -> bool:
-        return category in self.image_scores
+        return category in self.categories
 
     def image_threshold(self, category: str) -> float:
         """Image scores above it are alarms."""
-        return threshold(self.image_scores[category], self.max_false_alarm)
+        return threshold(self.categories[category].image, self.max_false_alarm)
 
     def map_threshold(self, category: str) -> float:
         """Pixels above it belong to an anomalous region."""
-        return threshold(self.map_maxima[category], self.max_false_alarm)
+        return threshold(self.categories[category].map_maximum, self.max_false_alarm)
 
     def p_value(self, category: str, score: float) -> float:
-        return p_value(score, self.image_scores[category])
+        return p_value(score, self.categories[category].image)
 
     def is_anomalous(self, category: str, score: float) -> bool:
         """Whether the score is an alarm: its p-value is at most the promised rate."""
@@ -118,14 +129,14 @@ class Calibration:
             ),
             "categories": {
                 name: {
-                    "num_pictures": len(scores),
+                    "num_pictures": len(scores.image),
                     "image_threshold": self.image_threshold(name),
                     "map_threshold": self.map_threshold(name),
-                    "image_scores": sorted(scores),
-                    "map_maxima": sorted(self.map_maxima[name]),
-                    "pictures": sorted(self.pictures.get(name, ())),
+                    "image_scores": sorted(scores.image),
+                    "map_maxima": sorted(scores.map_maximum),
+                    "pictures": sorted(scores.pictures),
                 }
-                for name, scores in sorted(self.image_scores.items())
+                for name, scores in sorted(self.categories.items())
             },
         }
 
@@ -147,9 +158,10 @@ class Calibration:
                 raise TypeError(f"'{name}' has a picture whose digest is no text")
         return cls(
             data["max_false_alarm"],
-            {name: entry["image_scores"] for name, entry in categories.items()},
-            {name: entry["map_maxima"] for name, entry in categories.items()},
-            {name: entry["pictures"] for name, entry in categories.items()},
+            {
+                name: GoodScores(entry["image_scores"], entry["map_maxima"], entry["pictures"])
+                for name, entry in categories.items()
+            },
         )
 
 

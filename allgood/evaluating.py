@@ -182,7 +182,7 @@ def _test_samples(
 
     seen = set(read_json(inspector.run / PROVENANCE)["fitted_on"])
     if inspector.calibration is not None:
-        seen.update(*inspector.calibration.pictures.values())
+        seen.update(*(own.pictures for own in inspector.calibration.categories.values()))
     samples = unseen(dataset.test, roots, seen)
     num_seen = len(dataset.test) - len(samples)
     if not samples:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from allgood.calibrating import calibrate_on
+from allgood.calibrate_job import calibrate_on
 from allgood.costfilter.filtered import FilteredDetector
 from allgood.costfilter.validation import best_fusion, mean_over, validate
 from allgood.drawing import Drawings

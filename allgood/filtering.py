@@ -80,7 +80,7 @@ def filter(
     """
     arguments = dict(locals())
     started = time.monotonic()
-    from allgood.calibrating import require_rate
+    from allgood.calibration import require_rate
     from allgood.costfilter.filtered import FilteredDetector, shape_of_match, volume_grid
     from allgood.data.fingerprint import fingerprint
     from allgood.data.synthesis import SynthesisConfig, Synthesizer

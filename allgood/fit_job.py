@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from allgood.banking import fill_bank
-from allgood.calibrating import calibrate_on
+from allgood.calibrate_job import calibrate_on
 from allgood.data.fingerprint import fingerprint
 from allgood.ignored import mask_digests, write_masks
 from allgood.learning import Training, learn

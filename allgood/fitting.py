@@ -114,7 +114,6 @@ def fit(
     """
     arguments = dict(locals())
     started = time.monotonic()
-    from allgood.calibrating import split_for_calibration
     from allgood.data.augmentation import augmentations
     from allgood.data.fingerprint import digests, fingerprint
     from allgood.detectors import detector_classes
@@ -122,6 +121,7 @@ def fit(
     from allgood.encoders.tiled import tiled
     from allgood.fit_job import Job, make_run
     from allgood.fit_setup import few_shots, input_transform, read_good, resolved_recipe
+    from allgood.held_out import split_for_calibration
     from allgood.ignored import read_given
     from allgood.options import choose_device, require_at_least
     from allgood.pictures import Pictures

@@ -170,7 +170,9 @@ def _part_result(judged: Judged, category: str, which: int) -> CategoryResult:
 def num_calibration(inspector: Inspector) -> int | None:
     """How many good pictures are behind the thresholds; None without any."""
     calibration = inspector.calibration
-    return None if calibration is None else sum(map(len, calibration.image_scores.values()))
+    if calibration is None:
+        return None
+    return sum(len(own.image) for own in calibration.categories.values())
 
 
 def _calibration_scores(inspector: Inspector, categories: Sequence[str]) -> list[float]:
@@ -178,7 +180,7 @@ def _calibration_scores(inspector: Inspector, categories: Sequence[str]) -> list
     calibration = inspector.calibration
     if calibration is None or not all(calibration.knows(name) for name in categories):
         return []
-    return [score for name in categories for score in calibration.image_scores[name]]
+    return [score for name in categories for score in calibration.categories[name].image]
 
 
 def _alarms(

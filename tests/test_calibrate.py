@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import allgood as library
-from allgood import calibrating
+from allgood import calibrate_job
 from allgood.calibration import (
     Calibration,
+    GoodScores,
     least_rate,
     p_value,
     pictures_needed,
@@ -129,20 +130,23 @@ def test_promise_holds_with_ties() -> None:
 
 
 def test_record_goes_through_json() -> None:
-    scores = {"a": [0.25, 1.5, 0.75], "b": [2.0, 1.0]}
-    calibration = Calibration(0.5, scores, {"a": [1.0, 2.0, 3.0], "b": [5.0, 6.0]}, {"a": ["x"]})
+    scores = {
+        "a": GoodScores([0.25, 1.5, 0.75], [1.0, 2.0, 3.0], ["x"]),
+        "b": GoodScores([2.0, 1.0], [5.0, 6.0]),
+    }
+    calibration = Calibration(0.5, scores)
     again = Calibration.from_json(json.loads(json.dumps(calibration.to_json())))
     for name in scores:
         assert again.image_threshold(name) == calibration.image_threshold(name)
         assert again.map_threshold(name) == calibration.map_threshold(name)
-    assert again.pictures["a"] == ["x"]
+    assert again.categories["a"].pictures == ["x"]
     assert not again.knows("c")
     assert "at most 50 %" in calibration.to_json()["promise"]
 
 
 def test_too_few_pictures_says_how_many() -> None:
     with pytest.raises(InputError) as caught:
-        Calibration(0.01, {"bolt": [1.0] * 20}, {"bolt": [1.0] * 20})
+        Calibration(0.01, {"bolt": GoodScores([1.0] * 20, [1.0] * 20)})
     assert str(caught.value) == (
         "category 'bolt' has 20 good calibration pictures, but a false-alarm rate of 0.01 needs "
         "99: give more, or promise no less than 0.048"
@@ -205,7 +209,7 @@ def test_command_and_python(allgood: Command, uncalibrated: Path, fresh: Path, t
 
     inspector = library.Inspector(uncalibrated)
     scores = [i.image_score for i in inspector.inspect(fresh / "wood", category="wood")]
-    assert sorted(again.image_scores["wood"]) == pytest.approx(sorted(scores), rel=1e-4)
+    assert sorted(again.categories["wood"].image) == pytest.approx(sorted(scores), rel=1e-4)
     picture = tree / "wood" / "test" / "hole" / "000.png"
     (inspection,) = inspector.inspect(picture, category="wood")
     assert inspection.p_value == p_value(inspection.image_score, scores)
@@ -332,16 +336,16 @@ def test_run_replaced_meanwhile_keeps_its_own_thresholds(
     run = tmp_path / "run"
     fit = ["fit", tree, "--out", run, *TINY, "--overwrite"]
     assert allgood(*fit).code == 0
-    score, other = calibrating._score, {}
+    score, other = calibrate_job.score_good, {}
 
     def score_and_replace(*arguments: Any) -> Any:
-        monkeypatch.setattr(calibrating, "_score", score)
+        monkeypatch.setattr(calibrate_job, "score_good", score)
         scores = score(*arguments)
         assert main([str(word) for word in [*fit, "--settings", "coreset_ratio=0.5"]]) == 0
         other.update(content(run))
         return scores
 
-    monkeypatch.setattr(calibrating, "_score", score_and_replace)
+    monkeypatch.setattr(calibrate_job, "score_good", score_and_replace)
     words = ["calibrate", run, fresh / "wood"]
     said = allgood(*words).err.splitlines()[-1]
     assert said == f"allgood: run '{run}' was replaced by another meanwhile: calibrate it again"

@@ -146,7 +146,7 @@ def test_a_filter_behind_a_converted_run_has_thresholds(
     assert answer.code == 0, answer.err
     calibration = library.Inspector(out).calibration
     assert calibration is not None
-    assert {name: len(own) for name, own in calibration.image_scores.items()} == {
+    assert {name: len(own.image) for name, own in calibration.categories.items()} == {
         "cloth": 19,
         "wood": 19,
     }

@@ -252,7 +252,7 @@ def test_alarms_are_those_of_inspect(evaluated: Any, run: Path, tree: Path) -> N
     inspector = library.Inspector(run)
     calibration = inspector.calibration
     assert calibration is not None
-    pooled = [score for name in ("cloth", "wood") for score in calibration.image_scores[name]]
+    pooled = [score for name in ("cloth", "wood") for score in calibration.categories[name].image]
     limit = threshold(pooled, 0.05)
     found = over = 0
     for name in ("cloth", "wood"):

@@ -16,8 +16,8 @@ from doors import TINY, Command, content, draw_tree, mask, part
 from killing import Killer
 
 import allgood as library
-from allgood.calibrating import split_for_calibration
 from allgood.detectors.patchcore import PatchCoreConfig
+from allgood.held_out import split_for_calibration
 from allgood.recipes import configured
 from allgood.types import GOOD, InputError, Sample
 from allgood.unfinished import making

@@ -14,7 +14,7 @@ from doors import TINY, Command, content, draw_tree, mask, part
 from killing import Killer
 
 import allgood as library
-from allgood import calibrating
+from allgood import fit_job
 from allgood.recipes import RECIPES, configured, find_recipe
 from allgood.recipes.recipe import NUMBERS, Recipe
 from allgood.training.config import TrainConfig
@@ -227,14 +227,14 @@ def test_what_was_trained_outlives_a_mistake(
     vit_weights(weights)
     words = ["fit", few, *LEARN, *TRAIN, "--weights", weights]
     assert "training: " in allgood(*words, "--out", whole).err
-    calibrate_on = calibrating.calibrate_on
+    calibrate_on = fit_job.calibrate_on
 
     def bereft(*arguments: Any, **others: Any) -> Any:
         weights.rename(tmp_path / "away")
         return calibrate_on(*arguments, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrating, "calibrate_on", bereft)
+        patch.setattr(fit_job, "calibrate_on", bereft)
         assert f"{weights}" in allgood.refused(*words, "--out", out)
     (tmp_path / "away").rename(weights)
     answer = allgood(*words, "--out", out)

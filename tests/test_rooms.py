@@ -40,6 +40,7 @@ ROOMS = {
     "graph": {"types", "layers", "exported"},
     "inspection": {"data", "evaluation"},
     "options": {"types"},
+    "held_out": {"types", "data", "calibration", "progress"},
 }
 """Room -> the rooms it may import; each only rooms above it. `allgood` is the version."""
 
@@ -49,26 +50,28 @@ DOORS = {
         *("types", "wording", "data", "encoders", "detectors", "calibration", "runs", "ignored"),
         *("own_state", "exported", "inspection", "options"),
     },
+    "calibrate_job": {"types", "data", "calibration", "runs", "progress", "inference"},
     "calibrating": {
         *("types", "data", "calibration", "runs", "progress", "inference", "options"),
+        "calibrate_job",
     },
     "banking": {"types", "data", "layers", "pictures", "progress"},
     "learning": {"types", "data", "pictures", "progress", "training"},
     "fit_job": {
         *("types", "data", "runs", "progress", "unfinished", "ignored", "pictures", "own_state"),
-        *("calibrating", "banking", "learning"),
+        *("calibrate_job", "banking", "learning"),
     },
     "fit_setup": {
         *("types", "data", "encoders", "detectors", "runs", "progress", "ignored", "recipes"),
     },
     "fitting": {
         *("types", "data", "encoders", "detectors", "runs", "progress", "unfinished"),
-        *("ignored", "pictures", "recipes", "training", "calibrating", "learning"),
+        *("ignored", "pictures", "recipes", "training", "learning", "held_out"),
         *("options", "fit_setup", "fit_job"),
     },
     "filter_job": {
         *("types", "costfilter", "drawing", "runs", "progress", "unfinished", "ignored"),
-        *("pictures", "own_state", "training", "inference", "calibrating", "learning"),
+        *("pictures", "own_state", "training", "inference", "calibrate_job", "learning"),
     },
     "filter_setup": {
         *("types", "data", "calibration", "costfilter", "drawing", "recipes", "runs", "progress"),
@@ -76,7 +79,7 @@ DOORS = {
     },
     "filtering": {
         *("types", "data", "drawing", "pictures", "costfilter", "recipes", "runs", "progress"),
-        *("unfinished", "ignored", "inference", "calibrating", "learning", "options"),
+        *("unfinished", "ignored", "inference", "calibration", "learning", "options"),
         *("filter_setup", "filter_job"),
     },
     "convert_job": {
