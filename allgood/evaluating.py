@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allgood.types import InputError, Sample
+from allgood.types import InputError
 
 if TYPE_CHECKING:
-    from allgood.data.readers import Dataset
     from allgood.evaluation.content import ReportContent
-    from allgood.evaluation.judged import Judged
-    from allgood.inference import Inspector
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,7 @@ def evaluate(
     from allgood.evaluation.numbers import numbers
     from allgood.evaluation.protocol import protocol
     from allgood.inference import Inspector
+    from allgood.judging import judge, learned_data, test_samples
     from allgood.options import require_at_least
     from allgood.progress import say
     from allgood.results import gallery, num_calibration, report_content
@@ -103,10 +101,10 @@ def evaluate(
             "evaluate the run that it was made of"
         )
     roots = [data] if isinstance(data, str | Path) else list(data)
-    dataset, unlearned = _learned(inspector, roots, layout)
-    samples, num_seen = _test_samples(inspector, dataset, roots)
+    dataset, unlearned = learned_data(inspector, roots, layout)
+    samples, num_seen = test_samples(inspector, dataset, roots)
     require_writable(out, [METRICS, REPORT])
-    judged = _judge(
+    judged = judge(
         inspector,
         samples,
         pixel_size=pixel_size,
@@ -149,83 +147,3 @@ def _page(content: ReportContent) -> bytes:
 
     # A file name that is no valid unicode holds lone surrogates, which UTF-8 cannot encode.
     return render_report(content).encode("utf-8", errors="replace")
-
-
-def _learned(
-    inspector: Inspector, roots: Sequence[str | Path], layout: str | None
-) -> tuple[Dataset, list[str]]:
-    """The data of categories that the run has learned, and the names of the others."""
-    from allgood.data.readers import read_data
-    from allgood.progress import say
-
-    dataset = read_data(
-        roots,
-        layout=layout,
-        train_share=inspector.config["data"]["train_share"],
-        seed=inspector.config["seed"],
-    )
-    unlearned = [name for name in dataset.categories if name not in inspector.categories]
-    learned = [name for name in dataset.categories if name in inspector.categories]
-    if not learned:
-        inspector.index_of(unlearned[0])  # says what the run knows
-    if unlearned:
-        say(f"categories not judged, as the run has not learned them: {', '.join(unlearned)}")
-    return dataset.only(learned), unlearned
-
-
-def _test_samples(
-    inspector: Inspector, dataset: Dataset, roots: Sequence[str | Path]
-) -> tuple[list[Sample], int]:
-    """The test pictures that the run has not seen, and the number of those that it has."""
-    from allgood.data.fingerprint import source_digests, unseen
-    from allgood.runs import PROVENANCE, read_json
-
-    seen = set(read_json(inspector.run / PROVENANCE)["fitted_on"])
-    if inspector.calibration is not None:
-        seen.update(*(own.pictures for own in inspector.calibration.categories.values()))
-    samples = unseen(dataset.test, roots, seen)
-    num_seen = len(dataset.test) - len(samples)
-    if not samples:
-        why = f"; all {num_seen} were seen in fitting or calibration" if num_seen else ""
-        if num_seen and source_digests(roots):
-            why += ", or drawn into pictures that were: synthesize first, then fit on its output"
-        raise InputError(f"{', '.join(map(str, roots))}: no test pictures{why}")
-    return samples, num_seen
-
-
-def _judge(
-    inspector: Inspector,
-    samples: Sequence[Sample],
-    *,
-    pixel_size: int,
-    infer_category: bool,
-    exact: bool,
-    batch_size: int,
-) -> Judged:
-    from allgood.evaluation.judged import Judged, row_of
-    from allgood.progress import bar
-
-    samples = sorted(samples, key=row_of)
-    parts = "filter" in inspector.config
-    judged = Judged(samples, exact, pixel_size, num_maps=3 if parts else 1)
-    with bar("judging pictures never seen", len(samples)) as progress:
-        for batch, prediction in inspector.predict(
-            samples,
-            failures=judged.failures,
-            batch_size=batch_size if pixel_size else 1,
-            mask_size=(pixel_size, pixel_size) if pixel_size else "own",
-            known_category=not infer_category,
-            parts=parts,
-        ):
-            judged.add(batch, prediction, inspector.categories)
-            progress.at(len(judged.samples) + len(judged.failures))
-    judged.finish_row()
-    if not judged.samples:
-        raise InputError(
-            f"none of the {len(samples)} test pictures could be read; {judged.failures[0].reason}"
-        )
-    name_of = {str(sample.path): row_of(sample) for sample in samples}
-    for failure in judged.failures:
-        name = name_of[str(failure.path)]
-        judged.unreadable[name] = judged.unreadable.get(name, 0) + 1
-    return judged

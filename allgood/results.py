@@ -1,23 +1,29 @@
 """Behind `evaluating`: judged pictures -> what the report shows and metrics.json holds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from allgood.evaluation.content import (
-        Alarms,
-        CategoryResult,
-        GalleryItem,
-        Parts,
-        ReportContent,
-    )
-    from allgood.evaluation.judged import Judged
-    from allgood.inference import Inspector
-    from allgood.metrics import Metric
-    from allgood.types import Sample
+import numpy as np
+
+from allgood.calibration import threshold
+from allgood.data.fingerprint import fingerprint
+from allgood.data.images import read_mask, read_oriented_image
+from allgood.evaluation.content import (
+    Alarms,
+    CategoryResult,
+    Curves,
+    GalleryItem,
+    Parts,
+    ReportContent,
+    UnreadablePicture,
+)
+from allgood.evaluation.judged import BOTH, FILTER, HOST, Judged, row_of
+from allgood.evaluation.overlay import mask_outline, shrink, shrink_mask
+from allgood.inference import Inspector
+from allgood.metrics import Metric, image_curves, image_metrics, mad, mean_over_categories
+from allgood.runs import PROVENANCE, read_json
+from allgood.types import Sample
 
 GALLERY_PER_KIND = 3
 """At most so many pictures are shown per category and kind: found, missed, false alarm."""
@@ -34,10 +40,6 @@ def report_content(
     samples: Sequence[Sample],
 ) -> ReportContent:
     """Everything that the report shows, but for the gallery."""
-    from allgood.data.fingerprint import fingerprint
-    from allgood.evaluation.content import ReportContent, UnreadablePicture
-    from allgood.runs import PROVENANCE, read_json
-
     config = inspector.config
     provenance = read_json(inspector.run / PROVENANCE)
     results = [_category_result(judged, name, inspector) for name in judged.names()]
@@ -68,8 +70,6 @@ def report_content(
 
 def _mean(judged: Judged, results: Sequence[CategoryResult]) -> dict[str, Metric]:
     """Over the categories; one with domains counts as the mean of its domains."""
-    from allgood.metrics import mean_over_categories
-
     domains: dict[str, dict[str, Mapping[str, Metric]]] = {}
     for result in results:
         domains.setdefault(judged.category_of[result.name], {})[result.name] = result.metrics
@@ -85,12 +85,6 @@ def _mean(judged: Judged, results: Sequence[CategoryResult]) -> dict[str, Metric
 
 def _category_result(judged: Judged, name: str, inspector: Inspector) -> CategoryResult:
     """Of one row of the table: a category, or a domain of it."""
-    import numpy as np
-
-    from allgood.evaluation.content import CategoryResult, Curves
-    from allgood.evaluation.judged import BOTH
-    from allgood.metrics import image_curves, image_metrics, mad
-
     rows = judged.rows(name)
     scores, bad = judged.image_scores(rows)
     metrics = image_metrics(scores, bad) | judged.pixel_metrics[BOTH][name]
@@ -112,12 +106,6 @@ def _category_result(judged: Judged, name: str, inspector: Inspector) -> Categor
 
 def _pooled_result(judged: Judged, inspector: Inspector) -> CategoryResult:
     """Of all pictures as if they were of one category: under one threshold."""
-    import numpy as np
-
-    from allgood.calibration import threshold
-    from allgood.evaluation.content import CategoryResult, Curves
-    from allgood.metrics import image_curves, image_metrics, mad
-
     rows = range(len(judged.samples))
     scores, bad = judged.image_scores(rows)
     metrics: dict[str, Metric] = image_metrics(scores, bad) | judged.pooled.result()
@@ -143,9 +131,6 @@ def _pooled_result(judged: Judged, inspector: Inspector) -> CategoryResult:
 
 def _parts(inspector: Inspector, judged: Judged) -> Parts | None:
     """The detector and the filter, each alone, where the run has a CostFilter."""
-    from allgood.evaluation.content import Parts
-    from allgood.evaluation.judged import FILTER, HOST
-
     if judged.num_maps == 1:
         return None
     host, behind = (
@@ -155,9 +140,6 @@ def _parts(inspector: Inspector, judged: Judged) -> Parts | None:
 
 
 def _part_result(judged: Judged, category: str, which: int) -> CategoryResult:
-    from allgood.evaluation.content import CategoryResult
-    from allgood.metrics import image_metrics
-
     scores, bad = judged.image_scores(judged.rows(category), which)
     return CategoryResult(
         name=category,
@@ -187,9 +169,6 @@ def _alarms(
     inspector: Inspector, judged: Judged, calibration: list[float], raised: Sequence[int]
 ) -> Alarms | None:
     """What the pictures that raised an alarm amount to; None without calibration scores."""
-    from allgood.calibration import threshold
-    from allgood.evaluation.content import Alarms
-
     if inspector.calibration is None or not calibration:
         return None
     alpha = inspector.calibration.max_false_alarm
@@ -249,11 +228,6 @@ def gallery(inspector: Inspector, judged: Judged, infer_category: bool) -> list[
 def _gallery_item(
     inspector: Inspector, sample: Sample, kind: Any, infer_category: bool
 ) -> GalleryItem:
-    from allgood.data.images import read_mask, read_oriented_image
-    from allgood.evaluation.content import GalleryItem
-    from allgood.evaluation.judged import row_of
-    from allgood.evaluation.overlay import mask_outline, shrink, shrink_mask
-
     category = None if infer_category else sample.category
     inspection = next(iter(inspector.inspect([sample.path], category=category)))
     picture, orientation = read_oriented_image(sample.path)

@@ -92,8 +92,9 @@ DOORS = {
         *("types", "ignored", "runs", "progress", "unfinished", "exported", "graph", "inference"),
     },
     "results": {"types", "data", "metrics", "evaluation", "calibration", "runs", "inference"},
+    "judging": {"types", "data", "evaluation", "runs", "progress", "inference"},
     "evaluating": {
-        *("types", "data", "evaluation", "runs", "progress", "inference", "options", "results"),
+        *("types", "evaluation", "runs", "progress", "inference", "options", "judging", "results"),
     },
     "synthesis_job": {"types", "wording", "data", "evaluation", "runs", "progress"},
     "synthesizing": {"data", "recipes", "runs", "progress", "options", "synthesis_job"},
