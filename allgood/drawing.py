@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from allgood.data.images import read_image
 from allgood.data.synthesis import Synthesizer
 from allgood.ignored import hide, to_inputs
+from allgood.layers.memory_bank import MemoryBank
 from allgood.layers.patch_store import image_number
 from allgood.pictures import Pictures
 from allgood.types import Failure, InputError, Sample
@@ -76,43 +76,13 @@ class Drawings:
         return np.ascontiguousarray(resized), (picture.shape[0], picture.shape[1])
 
 
-def require_others(detector: Any, run: Path, samples: Sequence[Sample], num_absent: int) -> None:
-    """See that a memory bank can compare every picture with the patches of others.
-
-    Args:
-        detector: of any kind; only a memory bank holds patches of its pictures.
-        run: the detector's, for the message.
-        samples: good pictures that it was fitted on.
-        num_absent: how many more it was fitted on.
-
-    Raises:
-        InputError: the pictures' ids are not those of the fit, so that the bank does not know them;
-            or without a picture's own patches too few are left.
-    """
-    if not hasattr(detector, "bank_image"):
-        return
-    num_unknown = 0
-    for index, category in enumerate(detector.categories):
-        given = {image_number(sample.id) for sample in samples if sample.category == category}
-        searched = own = detector.bank_image[detector.bank_category == index]
-        held = set(own.tolist())
-        num_unknown += len(held - given)
-        if num_unknown > num_absent or (held and held.isdisjoint(given)):
-            raise InputError(
-                f"the good pictures have other names below their folder than when run '{run}' was "
-                "fitted, and its memory bank knows its own by name: give the data as they were "
-                "given to `allgood fit`"
-            )
-        if detector.config.bank == "shared":
-            searched = detector.bank_image
-        numbers, counts = searched.unique(return_counts=True)
-        known = torch.isin(numbers, numbers.new_tensor(list(given)))
-        most = max(counts[known].tolist(), default=0)
-        if len(searched) - most < detector.config.num_neighbors:
-            raise InputError(
-                f"the memory bank of run '{run}' holds too few pictures of category '{category}' "
-                "to compare each with others: fit it on at least two"
-            )
+def require_others(
+    detector: nn.Module, run: Path, samples: Sequence[Sample], num_absent: int
+) -> None:
+    """`MemoryBank.require_others`, where the detector keeps a memory bank."""
+    for part in detector.modules():
+        if isinstance(part, MemoryBank):
+            part.require_others(run, samples, num_absent)
 
 
 def _shrunk(mask: Tensor, side: int, *, share: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from allgood.exported import INFER
 from allgood.layers.categories import CategoryReferences
-from allgood.layers.memory_bank import rows_table
+from allgood.layers.memory_bank import MemoryBank
 from allgood.types import InputError, Prediction
 
 OUTPUTS = ("anomaly_map", "image_score", "judged_as")
@@ -39,8 +39,9 @@ class Graph(nn.Module):
         known: CategoryReferences = owner.references
         self.infers_category = known.num_categories == 1 or len(known.features) > 0
         self.references = owner.references = _GivenOrInferred(known, self.infers_category)
-        if hasattr(owner, "bank_category"):
-            owner.own_rows = rows_table(owner.bank_category, len(owner.categories))
+        for part in detector.modules():
+            if isinstance(part, MemoryBank):
+                part.fix_shapes()
 
     @torch.no_grad()
     def forward(

@@ -362,10 +362,6 @@ def load_weights(detector: torch.nn.Module, path: Path) -> None:
         InputError: the file is missing, torn, or holds the weights of another detector.
     """
     state = read_weights(path)
-    for host in ("", "host."):  # the names that a memory bank's tensors had before 0.1.0
-        for old, new in {"": "patches", "_category": "category", "_image": "image"}.items():
-            if f"{host}bank{old}" in state:
-                state[f"{host}bank.{new}"] = state.pop(f"{host}bank{old}")
     try:
         load_own_state(detector, state)
     except ValueError as error:

@@ -1,32 +1,55 @@
-"""Anomaly maps and image scores: raw map -> smoothed map; map -> image score.
+"""Anomaly maps and image scores: match -> prediction; map -> smoothed map, image score.
 
 Letters: B images, H W pixels, h w patches.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allgood.types import Detector, Prediction
 
-def gaussian_smooth(anomaly_map: Tensor, sigma: float, *, truncate: float = 4.0) -> Tensor:
-    """Gaussian blur as SciPy's `gaussian_filter` computes it.
+
+def predict_from_map(
+    detector: Detector,
+    image: Tensor,
+    category: Tensor | None,
+    image_score: Callable[[Tensor], Tensor],
+    *,
+    ignore: Tensor | None,
+    map_size: tuple[int, int] | None,
+    score_size: tuple[int, int] | None = None,
+) -> Prediction:
+    """`Detector.predict` of those that score their own map, (B, 1, *score_size) -> (B,); a
+    `score_size` of None is the image's."""
+    size = (image.shape[-2], image.shape[-1])
+    map_size, score_size = map_size or size, score_size or size
+    match = detector.match(image, category)
+    scored = shown = detector.anomaly_map(match.host_map, size, ignore=ignore, map_size=score_size)
+    if map_size != score_size:
+        shown = detector.anomaly_map(match.host_map, size, ignore=ignore, map_size=map_size)
+    return Prediction(shown, image_score(scored), match.category)
+
+
+def gaussian_smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur as SciPy's `gaussian_filter` computes it, cut off at 4 sigma.
 
     At the border the map is mirrored, its edge repeated: c b a | a b c.
 
     Args:
         anomaly_map: (B, 1, H, W).
         sigma: standard deviation in pixels; 0 returns the map unchanged.
-        truncate: the kernel's radius is int(truncate * sigma + 0.5) pixels.
 
     Returns:
         (B, 1, H, W).
     """
     if sigma <= 0:
         return anomaly_map
-    radius = int(truncate * sigma + 0.5)
+    radius = int(4 * sigma + 0.5)
     kernel = gaussian_kernel(sigma, radius).to(anomaly_map)
     with torch.autocast(anomaly_map.device.type, enabled=False):  # half precision would make ties
         for axis in (-2, -1):
@@ -45,26 +68,37 @@ def gaussian_kernel(sigma: float, radius: int) -> Tensor:
     return kernel / kernel.sum()
 
 
-def gaussian_filter(x: Tensor, size: int, sigma: float) -> Tensor:
-    """A Gaussian of size x size on each channel of (B, C, H, W), as UniAS has it.
+def gaussian_blur(x: Tensor, kernel_size: int, sigma: float) -> Tensor:
+    """Gaussian blur of each channel of (B, C, H, W), as torchvision and kornia compute it.
 
     At the border the map is mirrored, its edge not repeated: c b | a b c.
     """
-    rows = _blur_matrix(x.shape[-2], size, sigma).to(x)
-    columns = _blur_matrix(x.shape[-1], size, sigma).to(x)
+    rows = _blur_matrix(x.shape[-2], kernel_size, sigma).to(x)
+    columns = _blur_matrix(x.shape[-1], kernel_size, sigma).to(x)
     with torch.autocast(x.device.type, enabled=False):  # products of distances stay float32
         return rows @ x @ columns.T
 
 
 @lru_cache(maxsize=32)
-def _blur_matrix(side: int, size: int, sigma: float) -> Tensor:
-    """(side, side) float64: each row blurs one position. On a CPU two products of matrices beat two
+def _blur_matrix(side: int, kernel_size: int, sigma: float) -> Tensor:
+    """(side, side) float32: each row blurs one position. On a CPU two products of matrices beat two
     convolutions."""
-    radius = size // 2
-    with torch.inference_mode(False):  # kept between calls, so of use to any mode
-        points = torch.eye(side, dtype=torch.float64)[:, None]
-        kernel = gaussian_kernel(sigma, radius)[None, None]
-        return F.conv1d(F.pad(points, (radius,) * 2, mode="reflect"), kernel)[:, 0].T
+    radius = kernel_size // 2
+    kernel = gaussian_kernel(sigma, radius)[None, None]
+    return axis_matrix(side, lambda x: F.conv1d(F.pad(x, (radius,) * 2, mode="reflect"), kernel))
+
+
+def axis_matrix(size: int, step: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a linear step does along one axis, as a matrix.
+
+    Args:
+        step: (size, 1, size) float64, one unit vector per row, -> (size, 1, out).
+
+    Returns:
+        (out, size) float32.
+    """
+    with torch.inference_mode(False):  # may be kept between calls, so of use to any mode
+        return step(torch.eye(size, dtype=torch.float64)[:, None])[:, 0].T.float().contiguous()
 
 
 def _reflected(index: Tensor, size: int) -> Tensor:
@@ -88,21 +122,24 @@ def top_fraction_mean(anomaly_map: Tensor, fraction: float) -> Tensor:
     return flat.topk(count, dim=1).values.mean(dim=1)
 
 
-def highest_window_mean(anomaly_map: Tensor, side: int = 16) -> Tensor:
-    """The highest mean over a square of side x side pixels (UniAD): (B, 1, H, W) -> (B,).
+def highest_window_mean(anomaly_map: Tensor) -> Tensor:
+    """The highest mean over a square of 16 x 16 pixels (UniAD): (B, 1, H, W) -> (B,).
 
     A side of the map that is shorter than the square is averaged as a whole.
     """
-    height, width = anomaly_map.shape[-2:]
-    rows = F.avg_pool2d(anomaly_map, (min(side, height), 1), stride=1)  # one axis after the other
-    return F.avg_pool2d(rows, (1, min(side, width)), stride=1).amax(dim=(1, 2, 3))
+    height, width = (min(16, side) for side in anomaly_map.shape[-2:])
+    rows = F.avg_pool2d(anomaly_map, (height, 1), stride=1)  # one axis after the other
+    return F.avg_pool2d(rows, (1, width), stride=1).amax(dim=(1, 2, 3))
 
 
-def resize_map(anomaly_map: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 1, h, w) -> (B, 1, *size), bilinear with half-pixel centres and no antialias."""
+def resize_map(
+    anomaly_map: Tensor, size: tuple[int, int], *, align_corners: bool = False
+) -> Tensor:
+    """(B, 1, h, w) -> (B, 1, *size), bilinear without antialias; half-pixel centres, or corner
+    pixels on corner pixels."""
     if anomaly_map.shape[-2:] == size:
         return anomaly_map
-    return F.interpolate(anomaly_map, size, mode="bilinear", align_corners=False)
+    return F.interpolate(anomaly_map, size, mode="bilinear", align_corners=align_corners)
 
 
 def ignored_patches(ignore: Tensor | None, grid: tuple[int, int]) -> Tensor | None:

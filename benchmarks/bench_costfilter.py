@@ -134,9 +134,9 @@ class PlainFilter:
 # Both sides -------------------------------------------------------------------------------------
 
 
-def build(size: str, templates: int, mode: str) -> tuple[VolumeConfig, CostFilterNetwork]:
-    volume = VolumeConfig(GRID, templates, mode)  # type: ignore[arg-type]
-    config = NetworkConfig(volume.channels, LEVELS, (CHANNELS,) * 4, classes=15, stem=384)
+def build(size: str, templates: int, merge: str) -> tuple[VolumeConfig, CostFilterNetwork]:
+    volume = VolumeConfig(GRID, templates, merge)  # type: ignore[arg-type]
+    config = NetworkConfig(volume.channels, LEVELS, (CHANNELS,) * 4, LEVELS, classes=15, stem=384)
     network = CostFilterNetwork(small(config) if size == "small" else config).eval()
     generator = torch.Generator().manual_seed(1)
     for module in network.modules():
@@ -160,25 +160,25 @@ def features(images: int, templates: int) -> tuple[list[Tensor], list[Tensor]]:
     return query, [n + 0.5 * q.unsqueeze(1) for n, q in zip(noise, query, strict=True)]
 
 
-def ours(size: str, images: int, templates: int, mode: str) -> Callable[[], Tensor]:
-    volume, network = build(size, templates, mode)
+def ours(size: str, images: int, templates: int, merge: str) -> Callable[[], Tensor]:
+    volume, network = build(size, templates, merge)
     folded = fold(network)
     query, template = features(images, templates)
 
     def run() -> Tensor:
         comparison = compare(query, template, volume)
         logits, _ = folded(comparison, spread_over_stages(query), initial_map(comparison))
-        return anomaly_probability(logits, templates=templates if mode == "loop_mean" else 1)
+        return anomaly_probability(logits, templates=volume.passes)
 
     return run
 
 
-def explicit(size: str, images: int, templates: int, mode: str) -> Callable[[], Tensor]:
-    plain = PlainFilter(build(size, templates, mode)[1])
+def explicit(size: str, images: int, templates: int, merge: str) -> Callable[[], Tensor]:
+    plain = PlainFilter(build(size, templates, merge)[1])
     query, template = features(images, templates)
 
     def run() -> Tensor:
-        step = 1 if mode == "loop_mean" else templates
+        step = 1 if merge == "loop_mean" else templates
         maps = []
         for n in range(0, templates, step):
             volume = plain_volume(query, [t[:, n : n + step] for t in template])
@@ -201,14 +201,14 @@ def measure_time(size: str, images: int, repeats: int) -> None:
         f"{'setting':<16} {'explicit':>9} {'ours':>8} {'ratio':>6} {'map differs by':>15}"
     )
     medians = {}
-    for templates, mode in ((1, "concat"), (3, "concat"), (3, "loop_mean")):
-        sides = [make(size, images, templates, mode) for make in (explicit, ours)]
+    for templates, merge in ((1, "concat"), (3, "concat"), (3, "loop_mean")):
+        sides = [make(size, images, templates, merge) for make in (explicit, ours)]
         maps = [work() for work in sides]  # warm up
         rounds = [[seconds(work)[0] for work in sides] for _ in range(repeats)]
         plain, our = (statistics.median(side) for side in zip(*rounds, strict=True))
-        medians[templates, mode] = (plain, our)
+        medians[templates, merge] = (plain, our)
         print(
-            f"{templates} {mode:<14} {plain:>8.3f}s {our:>7.3f}s {plain / our:>6.2f} "
+            f"{templates} {merge:<14} {plain:>8.3f}s {our:>7.3f}s {plain / our:>6.2f} "
             f"{float((maps[0] - maps[1]).abs().max()):>15.1e}",
             flush=True,
         )

@@ -23,7 +23,7 @@ from allgood.detectors.anomalydino import (
     foreground_mask,
 )
 from allgood.encoders.frozen import FrozenEncoder
-from allgood.fitting import few_shots
+from allgood.fit_setup import few_shots
 from allgood.layers import nearest
 from allgood.pictures import Pictures
 from allgood.types import InputError, Sample
@@ -40,20 +40,20 @@ def test_distance_is_one_minus_cosine(k: int, tiny_vit: FrozenEncoder, tmp_path:
     image = with_defect(picture("wood", 30, (96, 128)), 40, 50)[None]
     match = detector.match(image)
     tokens = tiny_vit(image)[0][0].flatten(1).T.double()
-    cosine = F.cosine_similarity(tokens[:, None], detector.bank.double()[None], dim=2)
+    cosine = F.cosine_similarity(tokens[:, None], detector.bank.patches.double()[None], dim=2)
     expected = (1 - cosine).sort(dim=1).values[:, :k].mean(dim=1)
     found = match.host_map.flatten().double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     if k == 1:
         assert torch.equal(
-            match.template[0][0, 0].flatten(1).T, detector.bank[cosine.argmax(dim=1)]
+            match.template[0][0, 0].flatten(1).T, detector.bank.patches[cosine.argmax(dim=1)]
         )
 
 
 @torch.inference_mode()
 def test_a_reference_image_is_at_distance_zero(tiny_vit: FrozenEncoder, tmp_path: Path) -> None:
     detector = dino(tiny_vit, tmp_path)
-    assert detector.bank.norm(dim=1).sub(1).abs().max() < 1e-5
+    assert detector.bank.patches.norm(dim=1).sub(1).abs().max() < 1e-5
     assert detector.match(picture("wood", 2)[None], torch.tensor([1])).host_map.max() <= 1e-6
 
 
@@ -93,9 +93,9 @@ def test_a_constant_grid_is_a_constant_map(
     tiny_vit: FrozenEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detector = dino(tiny_vit, tmp_path)
-    constant = torch.full((1, 36, 1), 0.5)
+    constant = torch.full((1, 1, 6, 6), 0.5)
     monkeypatch.setattr(
-        anomalydino, "search_bank", lambda *a, **k: (constant, torch.zeros(1, 36, 1).long())
+        detector.bank, "search", lambda *a, **k: (constant, torch.zeros(1, 6, 6, 1).long())
     )
     prediction = detector.predict(picture("wood", 0)[None], map_size=(70, 33))
     torch.testing.assert_close(prediction.anomaly_map, torch.full((1, 1, 70, 33), 0.25))
@@ -267,7 +267,7 @@ def test_templates_keep_n_random_images_of_each_category(
         """Which pictures' tokens stand in the bank, all of them or none of them."""
         batches = [b for category in CATEGORIES for b in images_of(category, order)]
         detector = dino(tiny_vit, tmp_path / name, batches=batches, templates=3, seed=seed)
-        assert detector.bank_category.bincount().tolist() == [3 * 2 * 36] * 2
+        assert detector.bank.category.bincount().tolist() == [3 * 2 * 36] * 2
         found: dict[str, set[int]] = {}
         for index, category in enumerate(CATEGORIES):
             for shift in (0, turned):
@@ -301,14 +301,14 @@ def test_templates_are_whole_however_many_pictures_there_are(
         batch_size=4,
         seed=0,
     )
-    assert model.bank_category.bincount().tolist() == [2 * 36] * 2
+    assert model.bank.category.bincount().tolist() == [2 * 36] * 2
     assert len(model.references.features) == 12  # of all
 
 
 @torch.inference_mode()
 def test_more_templates_than_images_keep_all(tiny_vit: FrozenEncoder, tmp_path: Path) -> None:
     few = dino(tiny_vit, tmp_path / "a", templates=50)
-    assert torch.equal(few.bank, dino(tiny_vit, tmp_path / "b").bank)
+    assert torch.equal(few.bank.patches, dino(tiny_vit, tmp_path / "b").bank.patches)
 
 
 # Batched zero shot

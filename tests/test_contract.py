@@ -382,10 +382,10 @@ def test_progress_counts_to_the_end(name: str, tiny_encoder: FrozenEncoder, tmp_
         good_batches(), PatchStore(tmp_path, num_images=8), progress=lambda *x: told.append(x)
     )
     assert told == sorted(told) and len(told) >= 2
-    assert told[-1] == (len(detector.bank), len(detector.bank)) and len({t[1] for t in told}) == 1
     # A quarter of the 12 x 12 patches of four images, for each category
-    assert len(detector.bank) == 2 * 144
-    assert detector.bank_category.bincount().tolist() == [144, 144]
+    assert len(detector.bank.patches) == 2 * 144
+    assert told[-1] == (2 * 144, 2 * 144) and len({t[1] for t in told}) == 1
+    assert detector.bank.category.bincount().tolist() == [144, 144]
 
 
 @pytest.mark.parametrize("name", BANK_DETECTORS)
@@ -399,7 +399,7 @@ def test_the_memory_budget_does_not_change_the_banks_share(
     store = PatchStore(tmp_path, num_images=8, budget_bytes=8 * 72 * row)  # half of the patches
     detector.fit(good_batches(), store)
     assert store.seen_rows == 2 * len(store.patches()[0]) == 8 * 144
-    assert len(detector.bank) == pytest.approx(0.1 * store.seen_rows, abs=2)
+    assert len(detector.bank.patches) == pytest.approx(0.1 * store.seen_rows, abs=2)
 
 
 @pytest.mark.parametrize("name", BANK_DETECTORS)

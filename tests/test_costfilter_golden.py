@@ -17,8 +17,6 @@ from fill import fill, uniform
 from torch import Tensor
 
 from allgood.costfilter.losses import (
-    REFERENCE,
-    LossConfig,
     filter_loss,
     focal_gamma,
     focal_loss,
@@ -46,9 +44,9 @@ GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 shared = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden files beside the repository")
 HVQ_CHANNELS = (24, 32, 56, 160)
 NETWORKS = {
-    "dinomaly": (NetworkConfig(768, 2, (768,) * 4, classes=15), 28, 392),
-    "hvq": (NetworkConfig(196, 4, HVQ_CHANNELS, classes=15), 14, 224),
-    "glad": (NetworkConfig(1024, 4, (768,) * 4, classes=15, stem=384), 32, 256),
+    "dinomaly": (NetworkConfig(768, 2, (768,) * 4, 2, classes=15), 28, 392),
+    "hvq": (NetworkConfig(196, 4, HVQ_CHANNELS, 4, classes=15), 14, 224),
+    "glad": (NetworkConfig(1024, 4, (768,) * 4, 4, classes=15, stem=384), 32, 256),
 }
 """The official networks; side of the guidance, side of the map."""
 UNUSED = {
@@ -165,7 +163,7 @@ def dinomaly_volume_answers() -> dict[str, Tensor]:
     decoder = [
         given("volume", f"dinomaly:decoder{i}", shape, 1) + 0.5 * e for i, e in enumerate(encoder)
     ]
-    config = VolumeConfig((28, 28), mode="topk", top_k=768, orientation="reference")
+    config = VolumeConfig((28, 28), top_k=768, orientation="reference")
     volume = cost_volume(compare(encoder, [d.unsqueeze(1) for d in decoder], config))
     host = torch.stack(
         [1 - F.cosine_similarity(e, d, dim=1) for e, d in zip(encoder, decoder, strict=True)]
@@ -227,7 +225,7 @@ def glad_volume_answers() -> dict[str, Tensor]:
         rows = level[2:].unflatten(0, (3, 2)) + 0.5 * level[:2]
         template.append(rows.transpose(0, 1))  # (B, N, C, h, w)
     out = {"glad:guidance3": query[3].flatten(2).transpose(1, 2)}
-    looped = compare(query, template, VolumeConfig((32, 32), 3, mode="loop_mean"))
+    looped = compare(query, template, VolumeConfig((32, 32), 3, merge="loop_mean"))
     least = initial_map(looped).unflatten(0, (2, 3))
     for n in range(3):
         out[f"glad:matching_template{n}"] = resize_aligned(least[:, n], (64, 64))
@@ -261,7 +259,6 @@ def loss_answers() -> dict[str, Tensor]:
     )
     hard_names = ("hazelnut", "capsule", "wood", "cable", "pill", "screw", "transistor", "zipper")
     hard = tuple(order.index(name) for name in hard_names)
-    glad = LossConfig(gamma="reference", hard_classes=hard, ssim=0.2)
     factor = torch.tensor([3, 1.2, 0.5, 2])[:, None]
     classes = (given("losses", "classes", (4, 15), 1) * factor).requires_grad_()
     logits = given("losses", "logits", (4, 2, 16, 16), 3).requires_grad_()
@@ -288,10 +285,15 @@ def loss_answers() -> dict[str, Tensor]:
     cases = given("losses", "gamma", (90, 15), 0.4)
     cases[rows, rows % 15] += torch.tensor([0.2, 1.0, 2.5])[rows % 3]
     labels = torch.where(rows < 45, cases.argmax(dim=1), 7 * rows % 15)
-    for host, config in {"dinomaly": REFERENCE, "glad": glad}.items():
-        gamma = focal_gamma(classes, category, config)
+    for host, hard_classes, ssim in (("dinomaly", (), 0.1), ("glad", hard, 0.2)):
+        gamma = focal_gamma(classes, category, "reference", hard_classes)
         focal = focal_loss(probability, y, gamma)
-        total = filter_loss(logits, classes, mask, category, config)
+        total = filter_loss(
+            *(logits, classes, mask, category),
+            gamma="reference",
+            ssim=ssim,
+            hard_classes=hard_classes,
+        )
         gradients = torch.autograd.grad(total, (logits, classes), retain_graph=True)
         out |= {
             f"{host}:gamma": gamma,
@@ -299,7 +301,7 @@ def loss_answers() -> dict[str, Tensor]:
             f"{host}:total": total,
             f"{host}:grad_logits": gradients[0],
             f"{host}:grad_classes": gradients[1],
-            f"gamma_cases_{host}": focal_gamma(cases, labels, config),
+            f"gamma_cases_{host}": focal_gamma(cases, labels, "reference", hard_classes),
         }
     out["focal"] = out["dinomaly:focal_per_image"].mean()
     return {name: value.detach() for name, value in out.items()}
@@ -361,7 +363,7 @@ def test_costfilter_golden_parameters(host: str, parameters: int) -> None:
 
 
 def test_a_foreign_checkpoint_is_refused() -> None:
-    config = NetworkConfig(16, 2, (3, 4, 5, 6), classes=3, width=8, side=16, stem=8)
+    config = NetworkConfig(16, 2, (3, 4, 5, 6), 2, classes=3, width=8, side=16, stem=8)
     network = CostFilterNetwork(config)
     state = {official_name(name): value for name, value in network.state_dict().items()}
     assert renamed(network, state).keys() == network.state_dict().keys()

@@ -1,6 +1,7 @@
 """Every term of CostFilter's loss against sums over pixels, its gradients, and its cases."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,16 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from allgood.costfilter.losses import (
-    REFERENCE,
-    SLIDES,
-    LossConfig,
     filter_loss,
     focal_gamma,
     focal_loss,
     soft_iou_loss,
     ssim_loss,
 )
-from allgood.types import InputError
+
+RULES = ("slides", "reference", "constant")
 
 
 def problem(seed: int, images: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,7 +60,7 @@ def test_focal_of_a_certain_map_is_finite() -> None:
     logits = torch.tensor([200.0, -200.0]).view(1, 2, 1, 1).repeat(1, 1, 8, 8).requires_grad_()
     classes = torch.zeros(1, 3, requires_grad=True)
     for mask in (torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)):
-        loss = filter_loss(logits, classes, mask, torch.tensor([0]), REFERENCE)
+        loss = filter_loss(logits, classes, mask, torch.tensor([0]), gamma="reference", ssim=0.1)
         gradients = torch.autograd.grad(loss, (logits, classes))
         assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in gradients)
 
@@ -105,13 +104,13 @@ def test_gamma_rules() -> None:
     classes = torch.tensor([[4.0, 0, 0], [0.5, 0.2, 0], [0, 1.0, 0], [0, 0, 2.0]])
     category = torch.tensor([0, 0, 0, 2])  # right, right, wrong, right
     sigmoid = [1 / (1 + math.exp(-x)) for x in (4.0, 0.5, 2.0)]
-    slides = focal_gamma(classes, category, SLIDES)
+    slides = focal_gamma(classes, category, "slides")
     assert slides.tolist() == pytest.approx([3 - sigmoid[0], 3 - sigmoid[1], 3, 3 - sigmoid[2]])
-    reference = focal_gamma(classes, category, REFERENCE)
+    reference = focal_gamma(classes, category, "reference")
     assert reference.tolist() == pytest.approx([1.5, 2.5, 3.5, 1.5])
-    hard = LossConfig(gamma="reference", hard_classes=(0,))
-    assert focal_gamma(classes, category, hard).tolist() == pytest.approx([3.5, 3.5, 3.5, 1.5])
-    constant = focal_gamma(classes, category, LossConfig(gamma="constant"))
+    hard = focal_gamma(classes, category, "reference", hard_classes=(0,))
+    assert hard.tolist() == pytest.approx([3.5, 3.5, 3.5, 1.5])
+    constant = focal_gamma(classes, category, "constant")
     assert constant.tolist() == [2, 2, 2, 2]
 
 
@@ -119,54 +118,54 @@ def test_only_the_reference_trains_the_class_head_through_gamma() -> None:
     _, classes, _, _ = problem(2)
     category = classes.argmax(dim=1)
     classes = (0.1 * classes).requires_grad_()
-    assert not focal_gamma(classes, category, SLIDES).requires_grad
-    focal_gamma(classes, category, REFERENCE).sum().backward()
+    assert not focal_gamma(classes, category, "slides").requires_grad
+    focal_gamma(classes, category, "reference").sum().backward()
     assert classes.grad is not None and classes.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("config", [LossConfig(), SLIDES, REFERENCE])
-def test_the_loss_is_the_weighted_sum(config: LossConfig) -> None:
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("ssim", [0.0, 0.2])
+def test_the_loss_is_the_weighted_sum(rule: Any, ssim: float) -> None:
     logits, classes, mask, category = problem(5)
     p, y = at_mask(logits, mask), mask.float()
-    gamma = focal_gamma(classes, category, config)
-    expected = (
-        config.focal * focal_loss(p, y, gamma).mean()
-        + config.ssim * ssim_loss(p[:, 1:], y)
-        + config.iou * soft_iou_loss(p[:, 1:], y)
-        + config.mse * (p[:, 1:] - y).square().mean()
-        + config.classes * F.cross_entropy(classes, category)
+    of_pixels = (
+        ssim * ssim_loss(p[:, 1:], y)
+        + 0.1 * soft_iou_loss(p[:, 1:], y)
+        + (p[:, 1:] - y).square().mean()
     )
-    assert torch.allclose(filter_loss(logits, classes, mask, category, config), expected)
+    gamma = focal_gamma(classes, category, rule)
+    of_classes = 0.5 * F.cross_entropy(classes, category)
+    expected = focal_loss(p, y, gamma).mean() + of_pixels + of_classes
+    found = filter_loss(logits, classes, mask, category, gamma=rule, ssim=ssim)
+    assert torch.allclose(found, expected)
+    # One category has no class terms.
+    expected = focal_loss(p, y, torch.full((3,), 2.0)).mean() + of_pixels
+    found = filter_loss(logits, None, mask, category, gamma=rule, ssim=ssim)
+    assert torch.allclose(found, expected)
 
 
-def test_one_category_has_no_class_terms() -> None:
-    logits, _, mask, category = problem(6)
-    p, y = at_mask(logits, mask), mask.float()
-    only_focal = LossConfig(ssim=0, iou=0, mse=0)
-    found = filter_loss(logits, None, mask, category, only_focal)
-    assert torch.allclose(found, focal_loss(p, y, torch.full((3,), 2.0)).mean())
-
-
-@pytest.mark.parametrize("config", [LossConfig(), SLIDES, REFERENCE])
-def test_ignored_pixels_teach_nothing(config: LossConfig) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_ignored_pixels_teach_nothing(rule: Any) -> None:
     logits, classes, _, category = problem(9)
+    settings = {"gamma": rule, "ssim": 0.1}
     ignore = torch.zeros(3, 1, 8, 8, dtype=torch.bool)
     ignore[..., :3, :] = True
     mask = (torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(9)) > 0.7) & ~ignore
     logits.requires_grad_()
-    loss = filter_loss(logits, classes, mask, category, config, ignore=ignore)
+    loss = filter_loss(logits, classes, mask, category, **settings, ignore=ignore)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert (gradient[..., :3, :] == 0).all() and gradient[..., 3:, :].abs().min() > 0
     with torch.no_grad():
         moved = logits + 5 * ignore
-        assert filter_loss(moved, classes, mask, category, config, ignore=ignore) == loss
+        assert filter_loss(moved, classes, mask, category, **settings, ignore=ignore) == loss
 
 
 def test_gradient_by_differences() -> None:
     logits, classes, mask, _ = problem(7, images=2)
     category = classes.argmax(dim=1)  # a kink of max() is not near
     logits, classes = logits.double().requires_grad_(), (0.2 * classes).requires_grad_()
-    loss = filter_loss(logits, classes, mask, category, REFERENCE)
+    settings = {"gamma": "reference", "ssim": 0.1}
+    loss = filter_loss(logits, classes, mask, category, **settings)
     by_logits, by_classes = torch.autograd.grad(loss, (logits, classes))
     for tensor, gradient in ((logits, by_logits), (classes, by_classes)):
         push = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
@@ -174,7 +173,7 @@ def test_gradient_by_differences() -> None:
         ends = []
         for step in (1e-2, -1e-2):
             moved = [t + step * push if t is tensor else t for t in (logits, classes)]
-            ends.append(filter_loss(moved[0], moved[1], mask, category, REFERENCE).item())
+            ends.append(filter_loss(*moved, mask, category, **settings).item())
         assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(
             (gradient * push).sum().item(), rel=0.02, abs=1e-4
         )
@@ -182,15 +181,10 @@ def test_gradient_by_differences() -> None:
 
 def test_the_loss_is_float32_under_autocast() -> None:
     logits, classes, mask, category = problem(8)
-    expected = filter_loss(
-        logits.bfloat16().float(), classes.bfloat16().float(), mask, category, LossConfig()
-    )
+    logits, classes = logits.bfloat16(), classes.bfloat16()
+    settings = {"gamma": "slides", "ssim": 0.1}
+    expected = filter_loss(logits.float(), classes.float(), mask, category, **settings)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = filter_loss(logits.bfloat16(), classes.bfloat16(), mask, category, LossConfig())
+        found = filter_loss(logits, classes, mask, category, **settings)
     assert found.dtype == torch.float32
     assert torch.allclose(found, expected, rtol=1e-6)
-
-
-def test_weights_are_not_negative() -> None:
-    with pytest.raises(InputError, match="the weight of iou must be at least 0"):
-        LossConfig(iou=-1)

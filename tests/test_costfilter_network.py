@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allgood.costfilter.losses import LossConfig, filter_loss
+from allgood.costfilter.losses import filter_loss
 from allgood.costfilter.network import (
     RCSA,
     ClassHead,
@@ -30,7 +30,7 @@ from allgood.costfilter.volume import (
 )
 from allgood.types import InputError
 
-TINY = NetworkConfig(36, 2, (5, 5, 7, 7), classes=3, width=8, side=16, stem=12)
+TINY = NetworkConfig(36, 2, (5, 5, 7, 7), 2, classes=3, width=8, side=16, stem=12)
 GRID = (3, 4)
 
 
@@ -184,7 +184,7 @@ def test_the_network_of_the_paper(seed: int, training: bool) -> None:
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("classes", [1, 15])
 def test_shapes(levels: int, images: int, classes: int) -> None:
-    config = NetworkConfig(6, levels, (3, 4, 5, 6), classes=classes, width=8, side=32, stem=8)
+    config = NetworkConfig(6, levels, (3, 4, 5, 6), levels, classes, width=8, side=32, stem=8)
     ours = CostFilterNetwork(config).eval()
     sg = [torch.randn(images, c, 5, 6) for c in config.guidance]
     volume, mg = torch.rand(images, 6, levels, 5, 6), torch.rand(images, levels, 5, 6)
@@ -242,7 +242,7 @@ def test_rows_of_templates_share_their_image() -> None:
     ours = network(replace(TINY, channels=12), 5)
     query, template = features(5)
     sg = spread_over_stages(query)
-    looped = compare(query, template, VolumeConfig(GRID, 3, mode="loop_mean"))
+    looped = compare(query, template, VolumeConfig(GRID, 3, merge="loop_mean"))
     logits, classes = ours(looped, sg, initial_map(looped), with_classes=True)
     assert logits.shape == (6, 2, 16, 16) and classes is not None and classes.shape == (6, 3)
     maps = []
@@ -289,7 +289,7 @@ def test_a_seed_gives_one_network_and_leaves_the_world_alone() -> None:
 
 def test_the_small_network_learns() -> None:
     """To find what no template holds, in thirty steps."""
-    config = small(NetworkConfig(16, 2, (6, 6, 6, 6), head="opposite"))
+    config = small(NetworkConfig(16, 2, (6, 6, 6, 6), 2, head="opposite"))
     assert (config.width, config.side, config.stem) == (16, 32, 64)
     ours = CostFilterNetwork(config)
     assert sum(p.numel() for p in ours.parameters()) < 5_000_000
@@ -308,7 +308,8 @@ def test_the_small_network_learns() -> None:
     for _ in range(30):
         comparison, query, mask = batch()
         logits, classes = ours(comparison, spread_over_stages(query), initial_map(comparison))
-        loss = filter_loss(logits, classes, mask, torch.zeros(8).long(), LossConfig())
+        category = torch.zeros(8, dtype=torch.int64)
+        loss = filter_loss(logits, classes, mask, category, gamma="slides", ssim=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -368,7 +368,7 @@ def test_every_command_takes_a_converted_filter(
     state = torch.load(tiny_variant, weights_only=True)["model_state_dict"]
     for name, value in model.network.state_dict().items():
         assert torch.equal(value, state[official_name(name)]), name
-    assert torch.equal(model.host.bank, library.Inspector(run).detector.bank)
+    assert torch.equal(model.host.bank.patches, library.Inspector(run).detector.bank.patches)
     assert not any(UNUSED.match(official_name(name)) for name in model.network.state_dict())
     assert allgood("calibrate", out, tree, "--max-false-alarm", "0.2").code == 0
     assert allgood("evaluate", out, tree).code == 0
@@ -488,11 +488,11 @@ def test_a_converted_anomaldf_filter_compares_with_good_pictures(
     torch.testing.assert_close(match.query[0][0], raw)  # not of unit length
     assert allgood("evaluate", out, data).code == 0
 
-    assert inspector.detector.config.top_k == 16 and inspector.detector.passes == 1
+    assert inspector.detector.config.top_k == 16 and inspector.detector.volume.passes == 1
     glad = ("--preset", "tiny-glad", "--overwrite")
     answer = allgood(*words, "--good", data, *glad)
     assert answer.code == 0, answer.err
-    assert library.Inspector(out).detector.passes == 2
+    assert library.Inspector(out).detector.volume.passes == 2
     assert allgood("evaluate", out, data).code == 0
 
     unit = anomaldf_host(allgood, data, tmp_path / "unit", "unit")

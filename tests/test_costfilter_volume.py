@@ -66,7 +66,7 @@ def test_volume_and_its_minimum(seed: int, orientation: Orientation) -> None:
 def test_top_k_keeps_the_order(orientation: Orientation) -> None:
     query, template = levels(3)
     whole = plain_volume(query, template, orientation)
-    config = VolumeConfig(GRID, 3, mode="topk", top_k=5, orientation=orientation)
+    config = VolumeConfig(GRID, 3, top_k=5, orientation=orientation)
     found = cost_volume(compare(query, template, config))
     assert found.shape == (2, config.channels, 2, *GRID)
     for b in range(2):
@@ -78,7 +78,7 @@ def test_top_k_keeps_the_order(orientation: Orientation) -> None:
 
 def test_top_k_of_all_is_the_volume() -> None:
     query, template = levels(4)
-    everything = compare(query, template, VolumeConfig(GRID, 3, mode="topk", top_k=36))
+    everything = compare(query, template, VolumeConfig(GRID, 3, top_k=36))
     assert not everything.selects
     whole = compare(query, template, VolumeConfig(GRID, 3))
     assert torch.equal(cost_volume(everything), cost_volume(whole))
@@ -86,7 +86,7 @@ def test_top_k_of_all_is_the_volume() -> None:
 
 def test_loop_mean_is_one_volume_per_template() -> None:
     query, template = levels(5)
-    config = VolumeConfig(GRID, 3, mode="loop_mean")
+    config = VolumeConfig(GRID, 3, merge="loop_mean")
     assert config.channels == 12
     looped = compare(query, template, config)
     rows = cost_volume(looped).unflatten(0, (2, 3))
@@ -101,10 +101,10 @@ def test_loop_mean_is_one_volume_per_template() -> None:
 CONFIGS = [
     VolumeConfig(GRID, 3),
     VolumeConfig(GRID, 3, orientation="reference"),
-    VolumeConfig(GRID, 3, mode="loop_mean"),
-    VolumeConfig(GRID, 3, mode="loop_mean", orientation="reference"),
-    VolumeConfig(GRID, 3, mode="topk", top_k=7),
-    VolumeConfig(GRID, 3, mode="topk", top_k=36),
+    VolumeConfig(GRID, 3, merge="loop_mean"),
+    VolumeConfig(GRID, 3, merge="loop_mean", orientation="reference"),
+    VolumeConfig(GRID, 3, top_k=7),
+    VolumeConfig(GRID, 3, top_k=36),
 ]
 
 
@@ -238,9 +238,8 @@ def test_resize(align_corners: bool) -> None:
     [
         ({"grid": (0, 3)}, "at least 1"),
         ({"grid": GRID, "templates": 0}, "at least 1"),
-        ({"grid": GRID, "mode": "topk"}, "top_k goes with"),
-        ({"grid": GRID, "top_k": 3}, "top_k goes with"),
-        ({"grid": GRID, "mode": "topk", "top_k": 13}, r"\[1, 12\], got 13"),
+        ({"grid": GRID, "top_k": 0}, r"\[1, 12\], got 0"),
+        ({"grid": GRID, "top_k": 13}, r"\[1, 12\], got 13"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:

@@ -364,7 +364,7 @@ def test_scores_that_are_no_numbers_are_refused(
     """Wherever they would be used: as a verdict, in a metric, as a threshold."""
     broken = shutil.copytree(run, tmp_path / "run")
     weights = read_weights(broken / WEIGHTS)
-    weights["bank"] = weights["bank"] * torch.nan
+    weights["bank.patches"] = weights["bank.patches"] * torch.nan
     write_weights(broken / WEIGHTS, weights)
     before = content(broken)
     good = tree / "wood" / "test" / "good"

@@ -255,7 +255,7 @@ def test_processes_agree_on_one_threshold(size: float, monkeypatch: pytest.Monke
         monkeypatch.undo()
         (expected,) = torch.autograd.grad(loss(s), s)
         whole = loss(s).item()
-        monkeypatch.setattr(minimaxad, "_of_all_processes", lambda _: s.detach())
+        monkeypatch.setattr(minimaxad, "of_all_processes", lambda _: s.detach())
         halves = [loss(half) for half in s.split(2)]
         assert torch.stack(halves).mean().item() == pytest.approx(whole)
         (gradient,) = torch.autograd.grad(torch.stack(halves).mean(), s)

@@ -96,7 +96,7 @@ def test_distances_scores_and_map_by_definition(fitted_on_wood: Any) -> None:
         detector = fitted_on_wood(num_neighbors=3, image_score=score_of, sigma=2.0)
         prediction = detector.predict(image)
         query = detector.embed(detector.encoder(image))[0].flatten(1).T.double()
-        between = (query[:, None] - detector.bank.double()[None]).square().sum(dim=2)
+        between = (query[:, None] - detector.bank.patches.double()[None]).square().sum(dim=2)
         patches = between.sort(dim=1).values[:, :3].mean(dim=1).view(1, 1, 12, 12)
         raw = F.interpolate(patches, (96, 96), mode="bilinear")
         expected = gaussian_smooth(raw, 2.0)
@@ -125,9 +125,9 @@ def test_reweighting_is_equations_6_and_7(
     found = detector.predict(images, category).image_score
     embedded = detector.embed(detector.encoder(images)).flatten(2).double()
     for i in range(2):
-        rows = detector.bank.double()
+        rows = detector.bank.patches.double()
         if bank == "per_category":
-            rows = rows[detector.bank_category == i]
+            rows = rows[detector.bank.category == i]
         distance = (embedded[i].T[:, None] - rows[None]).norm(dim=2)  # (N, M)
         worst = int(distance.amin(dim=1).argmax())
         nearest = int(distance[worst].argmin())  # m*
@@ -161,8 +161,10 @@ def test_the_bank_is_the_coreset_of_all_patches(
         picks.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, between[picks[-1]])
     # Two rounds through the network differ in the last digits.
-    torch.testing.assert_close(detector.bank[:30], patches[picks[:30]], rtol=1e-4, atol=1e-5)
-    assert len(detector.bank) == len(picks)
+    torch.testing.assert_close(
+        detector.bank.patches[:30], patches[picks[:30]], rtol=1e-4, atol=1e-5
+    )
+    assert len(detector.bank.patches) == len(picks)
 
 
 @torch.inference_mode()
@@ -177,13 +179,13 @@ def test_official_settings_run_end_to_end(fitted_on_wood: Any) -> None:
     )
     good = picture("wood", 70)
     scores = detector.predict(torch.stack([good, with_defect(good, 30, 40)])).image_score
-    assert detector.bank.shape[1] == 24 and scores[1] > 1.5 * scores[0]
+    assert detector.bank.patches.shape[1] == 24 and scores[1] > 1.5 * scores[0]
 
 
 @torch.inference_mode()
 def test_at_least_one_row_and_all_rows(fitted_on_wood: Any) -> None:
-    assert len(fitted_on_wood(coreset_ratio=1e-6).bank) == 1
-    assert len(fitted_on_wood(coreset_ratio=1.0).bank) == 4 * 144
+    assert len(fitted_on_wood(coreset_ratio=1e-6).bank.patches) == 1
+    assert len(fitted_on_wood(coreset_ratio=1.0).bank.patches) == 4 * 144
 
 
 @torch.inference_mode()
@@ -201,7 +203,7 @@ def test_seed_moves_the_first_pick_only(tiny_encoder: FrozenEncoder, tmp_path: P
         folder = tmp_path / str(len(banks))
         model = PatchCore(PatchCoreConfig(coreset_ratio=0.05), tiny_encoder, CATEGORIES, seed)
         model.fit(batches, PatchStore(folder, num_images=8))
-        banks.append(model.bank)
+        banks.append(model.bank.patches)
     assert torch.equal(banks[0], banks[1])
     assert banks[0].shape == banks[2].shape
 

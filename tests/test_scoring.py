@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from allgood.scoring import (
-    gaussian_filter,
+    gaussian_blur,
     gaussian_smooth,
     ignored_patches,
     resize_map,
@@ -34,13 +34,13 @@ def test_gaussian_is_scipys(size: tuple[int, int], sigma: float) -> None:
         np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gaussian_filter_mirrors_without_the_edge() -> None:
+def test_gaussian_blur_mirrors_without_the_edge() -> None:
     x = maps(2, 3, 6, 7)
     w = math.exp(-0.5)
     kernel = torch.outer(torch.tensor([w, 1, w]), torch.tensor([w, 1, w]))
     kernel = (kernel / kernel.sum()).expand(3, 1, 3, 3)
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-    torch.testing.assert_close(gaussian_filter(x, 3, 1.0), F.conv2d(padded, kernel, groups=3))
+    torch.testing.assert_close(gaussian_blur(x, 3, 1.0), F.conv2d(padded, kernel, groups=3))
 
 
 def test_sigma_zero_changes_nothing() -> None:
@@ -64,7 +64,7 @@ def test_masked_zeros_count_in_the_share() -> None:
     assert float(top_fraction_mean(distance, 0.01)) == pytest.approx(15 / 4)
 
 
-def test_resize_map_keeps_constants_and_half_pixel_centres() -> None:
+def test_resize_map_keeps_constants_and_its_centres_or_corners() -> None:
     constant = torch.full((1, 1, 3, 5), 2.5)
     torch.testing.assert_close(resize_map(constant, (17, 9)), torch.full((1, 1, 17, 9), 2.5))
     raw = maps(1, 1, 4, 6)
@@ -72,6 +72,8 @@ def test_resize_map_keeps_constants_and_half_pixel_centres() -> None:
     ramp = torch.arange(4.0).view(1, 1, 1, 4)
     expected = np.interp((np.arange(8) + 0.5) / 2 - 0.5, np.arange(4), np.arange(4))
     np.testing.assert_allclose(resize_map(ramp, (1, 8))[0, 0, 0], expected, atol=1e-6)
+    aligned = resize_map(ramp, (1, 7), align_corners=True)
+    np.testing.assert_allclose(aligned[0, 0, 0], np.linspace(0, 3, 7), atol=1e-6)
 
 
 def test_a_patch_is_ignored_where_more_than_half_of_it_is() -> None:

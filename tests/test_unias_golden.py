@@ -25,7 +25,7 @@ from allgood.encoders.frozen import FrozenEncoder
 from allgood.layers.tokens import to_map
 from allgood.official.unias import from_official
 from allgood.own_state import own_state
-from allgood.scoring import gaussian_filter, visible_deviation
+from allgood.scoring import gaussian_blur, visible_deviation
 from allgood.types import InputError, TrainingBatch
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -236,7 +236,7 @@ def answers() -> dict[str, Tensor]:
     out["score_std"] = visible_deviation(prediction.anomaly_map, None)
     impulse = F.pad(torch.ones(1, 1, 1, 1), (7, 7, 7, 7))
     for size in (3, 5, 7, 9):
-        out[f"gaussian_{size}"] = gaussian_filter(impulse, size, size / 3)
+        out[f"gaussian_{size}"] = gaussian_blur(impulse, size, size / 3)
     hidden = ~detector.decoder.mask
     out["attention_mask_row_sums"] = hidden.sum(dim=1).float()
     out["attention_mask_rows_0_105_195"] = hidden[[0, 105, 195]].float()

@@ -68,7 +68,7 @@ class FilterConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
-        for name in ("host_sigma", "map_sigma"):
+        for name in ("ssim", "host_sigma", "map_sigma"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.merge == "loop_mean" and self.top_k is not None:

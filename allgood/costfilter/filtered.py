@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from allgood.costfilter.config import FilterConfig
-from allgood.costfilter.losses import LossConfig, filter_loss
+from allgood.costfilter.losses import filter_loss
 from allgood.costfilter.network import (
     CostFilterNetwork,
     NetworkConfig,
@@ -37,6 +38,7 @@ from allgood.costfilter.volume import (
     resize_aligned,
     spread_over_stages,
 )
+from allgood.layers.derived import Derived
 from allgood.scoring import (
     gaussian_smooth,
     hidden_patches,
@@ -105,12 +107,10 @@ class FilteredDetector(nn.Module):
         self.volume = VolumeConfig(
             grid,
             config.num_templates if self.own_templates else 1,
-            mode=config.merge if config.top_k is None else "topk",
+            merge=config.merge,
             top_k=config.top_k,
             orientation=config.orientation,
         )
-        self.passes = self.volume.templates if config.merge == "loop_mean" else 1
-        """Rows of the network's batch that each image takes."""
         classes = config.classes or len(self.categories)
         if classes < len(self.categories):
             raise InputError(
@@ -119,12 +119,7 @@ class FilteredDetector(nn.Module):
         network = NetworkConfig(
             channels=self.volume.channels,
             levels=levels,
-            guidance=(
-                widths[0],
-                widths[levels // 4],
-                widths[2 * levels // 4],
-                widths[3 * levels // 4],
-            ),
+            guidance=tuple(spread_over_stages(widths)),
             matching=levels + (config.matching == "levels_and_host"),
             classes=classes,
             align_corners=config.align_corners,
@@ -135,7 +130,7 @@ class FilteredDetector(nn.Module):
         if config.stem is not None:
             network = replace(network, stem=config.stem)
         self.network = CostFilterNetwork(network, seed)
-        self._folded: list[CostFilterNetwork] = []  # in a list it is no part of the state
+        self._folded: Derived[CostFilterNetwork] = Derived()
         self.good_range: Tensor
         # (K, 2): the host's map at SHARES of each category's good pixels.
         self.register_buffer(
@@ -225,12 +220,20 @@ class FilteredDetector(nn.Module):
         drawn = self.drawn(batch)
         logits, classes = self._logits(drawn.match, self.network, with_classes=True)
         hard = [i for i, name in enumerate(self.categories) if name in self.config.hard_categories]
-        loss = LossConfig(gamma=self.config.gamma, hard_classes=tuple(hard), ssim=self.config.ssim)
         mask, ignore, category = (
-            x.repeat_interleave(self.passes, dim=0)
+            x.repeat_interleave(self.volume.passes, dim=0)
             for x in (drawn.mask, drawn.ignore, batch.category)
         )
-        return filter_loss(logits, classes, mask, category, loss, ignore=ignore)
+        return filter_loss(
+            logits,
+            classes,
+            mask,
+            category,
+            gamma=self.config.gamma,
+            ssim=self.config.ssim,
+            hard_classes=hard,
+            ignore=ignore,
+        )
 
     # -- judging -----------------------------------------------------------------------------------
 
@@ -293,9 +296,11 @@ class FilteredDetector(nn.Module):
 
     def probability(self, match: Match, image_size: tuple[int, int]) -> Tensor:
         """P, what the network says: (B, 1, S, S)."""
-        network = self._folded[0] if self._folded else self.network
+        network = self.network
+        if not (self.training or torch.is_grad_enabled()):  # as it only judges, fold its norms
+            network = self._folded(network, partial(fold, network))
         logits, _ = self._logits(match, network, image_size=image_size)
-        return anomaly_probability(logits, templates=self.passes)
+        return anomaly_probability(logits, templates=self.volume.passes)
 
     def maps(
         self,
@@ -339,14 +344,13 @@ class FilteredDetector(nn.Module):
         comparison = compare(
             self._split(match.query, 1), self._split(match.template, 2), self.volume
         )
-        least = initial_map(comparison).unflatten(0, (-1, self.passes)).amin(dim=1)
+        least = initial_map(comparison).unflatten(0, (-1, self.volume.passes)).amin(dim=1)
         return least.mean(dim=1, keepdim=True)
 
     def train(self, mode: bool = True) -> FilteredDetector:
-        """The host stays in evaluation mode; for inference the network's norms are folded."""
+        """The host stays in evaluation mode."""
         super().train(mode)
         self.host.eval()
-        self._folded = [] if mode else [fold(self.network)]
         return self
 
     def _logits(
@@ -374,7 +378,7 @@ class FilteredDetector(nn.Module):
                 resize the host's map otherwise.
         """
         mode, levels, grid = self.config.matching, len(comparison.levels), self.volume.grid
-        host_map = match.host_map.float().repeat_interleave(self.passes, dim=0)
+        host_map = match.host_map.float().repeat_interleave(self.volume.passes, dim=0)
         if mode == "host":
             if image_size is not None:
                 host_map = resize_aligned(host_map, image_size)
@@ -384,7 +388,7 @@ class FilteredDetector(nn.Module):
             return matching
         host_map = resize_aligned(host_map, grid)
         if mode == "levels_and_host":
-            category = match.category.repeat_interleave(self.passes)
+            category = match.category.repeat_interleave(self.volume.passes)
             return torch.cat([matching, self._on_scale(host_map, category)], dim=1)
         host_map = 0.1 * host_map
         first = matching.mean(dim=1, keepdim=True)
@@ -428,7 +432,7 @@ def volume_grid(config: FilterConfig, grid: tuple[int, int]) -> tuple[int, int]:
     Beyond it the cost of comparing grows with the square of the positions, and the network's first
     resize drops them again.
     """
-    network = NetworkConfig(channels=1, levels=1, guidance=(1, 1, 1, 1))  # whatever it filters
+    network = NetworkConfig(channels=1, levels=1, guidance=(1,) * 4, matching=1)  # of whatever
     side = (small(network) if config.size == "small" else network).side
     return min(grid[0], side), min(grid[1], side)
 

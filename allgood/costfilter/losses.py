@@ -1,13 +1,13 @@
 """The loss of CostFilter-AD: one function per term, and their weighted sum.
 
 P is the filter's map brought to the mask's size, y the mask of a synthetic anomaly. The slides give
-focal + CE + alpha (soft-IoU + SSIM) without alpha; the authors' code gives the weights and adds a
-mean squared error. Arithmetic is float32 whatever the network's precision.
+focal + CE + alpha (soft-IoU + SSIM) without alpha; the authors' code, which we follow, gives the
+weights and adds a mean squared error. Arithmetic is float32 whatever the network's precision.
 
 Letters: B images, S side of the filter's map, E E' sides of the mask, K categories.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -16,39 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from allgood.costfilter.volume import resize_aligned
-from allgood.scoring import gaussian_kernel
-from allgood.types import InputError
+from allgood.scoring import axis_matrix, gaussian_kernel
 
+Gamma = Literal["slides", "reference", "constant"]
 GAMMA = 3.0
 """gamma_0: the slides leave it open, the code starts from it."""
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights of the terms; the defaults are those of the published Dinomaly and HVQ filters."""
-
-    gamma: Literal["slides", "reference", "constant"] = "slides"
-    """How the focal exponent follows from the class logits: see `focal_gamma`."""
-    hard_classes: tuple[int, ...] = ()
-    """With gamma `reference`: images predicted as one of these get 3.5 (GLAD, AnomalDF)."""
-    focal: float = 1.0
-    ssim: float = 0.1
-    """0.2 in the code of GLAD and AnomalDF."""
-    iou: float = 0.1
-    mse: float = 1.0
-    """Not on the slides."""
-    classes: float = 0.5
-    """Of the cross-entropy; 1 on the slides."""
-
-    def __post_init__(self) -> None:
-        for name in ("focal", "ssim", "iou", "mse", "classes"):
-            if getattr(self, name) < 0:
-                raise InputError(f"the weight of {name} must be at least 0")
-
-
-SLIDES = LossConfig(mse=0.0, classes=1.0)
-"""alpha = 0.1, which the slides do not say."""
-REFERENCE = LossConfig(gamma="reference")
+IOU_WEIGHT = 0.1
+CLASS_WEIGHT = 0.5
+"""Of the cross-entropy; 1 on the slides."""
 
 
 def filter_loss(
@@ -56,17 +31,22 @@ def filter_loss(
     class_logits: Tensor | None,
     mask: Tensor,
     category: Tensor,
-    config: LossConfig,
     *,
+    gamma: Gamma,
+    ssim: float,
+    hard_classes: Sequence[int] = (),
     ignore: Tensor | None = None,
 ) -> Tensor:
-    """The weighted sum of all terms; without class logits, no cross-entropy and gamma 2.
+    """The weighted sum of all terms; without class logits, no cross-entropy and a focal exponent
+    of 2.
 
     Args:
         logits: (B, 2, S, S) of the filter: normal, anomalous.
         class_logits: (B, K), or None where there is one category only.
         mask: (B, 1, E, E') bool or {0, 1}.
         category: (B,) int64 in [0, K).
+        gamma, hard_classes: see `focal_gamma`.
+        ssim: weight of the SSIM term: 0.1, or 0.2 in the code of GLAD and AnomalDF.
         ignore: (B, 1, E, E') bool: pixels that teach nothing; the mask is False there.
 
     Returns:
@@ -80,25 +60,24 @@ def filter_loss(
             good = probability.new_tensor([1.0, 0.0]).view(1, 2, 1, 1)
             probability = torch.where(ignore, good, probability)
         anomalous = probability[:, 1:]
-        gamma = logits.new_full((len(logits),), 2.0, dtype=torch.float32)
-        loss = torch.zeros((), device=logits.device)
+        exponent = logits.new_full((len(logits),), 2.0, dtype=torch.float32)
+        of_classes = torch.zeros((), device=logits.device)
         if class_logits is not None:
             class_logits = class_logits.float()
-            gamma = focal_gamma(class_logits, category, config)
-            loss = loss + config.classes * F.cross_entropy(class_logits, category)
-        terms = (
-            (config.focal, lambda: focal_loss(probability, target, gamma).mean()),
-            (config.ssim, lambda: ssim_loss(anomalous, target)),
-            (config.iou, lambda: soft_iou_loss(anomalous, target)),
-            (config.mse, lambda: F.mse_loss(anomalous, target)),
+            exponent = focal_gamma(class_logits, category, gamma, hard_classes)
+            of_classes = F.cross_entropy(class_logits, category)
+        return (
+            CLASS_WEIGHT * of_classes
+            + focal_loss(probability, target, exponent).mean()
+            + ssim * ssim_loss(anomalous, target)
+            + IOU_WEIGHT * soft_iou_loss(anomalous, target)
+            + F.mse_loss(anomalous, target)
         )
-        for weight, term in terms:
-            if weight:
-                loss = loss + weight * term()
-    return loss
 
 
-def focal_gamma(class_logits: Tensor, category: Tensor, config: LossConfig) -> Tensor:
+def focal_gamma(
+    class_logits: Tensor, category: Tensor, gamma: Gamma, hard_classes: Sequence[int] = ()
+) -> Tensor:
     """The focal exponent of each image, smaller where its category is recognised: (B,).
 
     `slides`: gamma_0 - sigmoid(logit) where the predicted category is right, else gamma_0; not
@@ -108,14 +87,15 @@ def focal_gamma(class_logits: Tensor, category: Tensor, config: LossConfig) -> T
     Args:
         class_logits: (B, K).
         category: (B,) int64.
+        hard_classes: with `reference`, images predicted as one of these get 3.5 (GLAD, AnomalDF).
     """
     logit, predicted = class_logits.max(dim=1)
     right = predicted == category
-    if config.gamma == "constant":
+    if gamma == "constant":
         return torch.full_like(logit, 2.0).detach()
-    if config.gamma == "slides":
+    if gamma == "slides":
         return torch.where(right, GAMMA - logit.detach().sigmoid(), GAMMA)
-    hard = torch.isin(predicted, predicted.new_tensor(config.hard_classes))
+    hard = torch.isin(predicted, predicted.new_tensor(hard_classes))
     return torch.where(right & ~hard, (GAMMA - logit).clamp(min=1.5), 3.5)
 
 
@@ -168,7 +148,5 @@ def ssim_loss(anomalous: Tensor, target: Tensor) -> Tensor:
 @lru_cache(maxsize=32)
 def _window_matrix(size: int) -> Tensor:
     """(size, size): the Gaussian window around each place of one axis, cut off at its ends."""
-    with torch.inference_mode(False):  # kept between calls, so of use to any mode
-        kernel = gaussian_kernel(1.5, radius=5).view(1, 1, -1)
-        rows = torch.eye(size, dtype=torch.float64)[:, None]
-        return F.conv1d(rows, kernel, padding=5)[:, 0].float()
+    kernel = gaussian_kernel(1.5, radius=5)[None, None]
+    return axis_matrix(size, lambda x: F.conv1d(x, kernel, padding=5))

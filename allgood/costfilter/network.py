@@ -10,7 +10,7 @@ What is computed is the authors' network; how, is not. Exact, so equal up to rou
 - guidance is the same in all slices of depth, so its 3 x 3 x 3 convolution is three 2-D ones;
 - the class head runs when asked; `fold` merges batch norms into convolutions for inference.
 
-Letters: B images, R rows (B, or B N with mode loop_mean), L levels, K categories, S working grid,
+Letters: B images, R rows (B, or B N with loop_mean), L levels, K categories, S working grid,
 b width, C channels, h w grid of features.
 """
 
@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from allgood.costfilter.volume import Comparison, project, resize_aligned
 from allgood.types import InputError
@@ -35,10 +36,10 @@ class NetworkConfig:
     channels: int
     """Of the volume, `VolumeConfig.channels`: the first layer's weights belong to its positions."""
     levels: int
-    guidance: tuple[int, int, int, int]
-    """Channels of the spatial guidance of each guided stage."""
-    matching: int | None = None
-    """Channels of the matching guidance; None: one per level."""
+    guidance: tuple[int, ...]
+    """Channels of the spatial guidance of each of the four guided stages."""
+    matching: int
+    """Channels of the matching guidance."""
     classes: int = 1
     """K; a single category gets no class head."""
     width: int = 48
@@ -53,17 +54,13 @@ class NetworkConfig:
     """Start of the two last weights: drawn, as the paper's; or -1 and +1, never near equal."""
 
     def __post_init__(self) -> None:
-        counts = (self.channels, self.levels, *self.guidance, self.classes, self.stem)
-        if len(self.guidance) != 4 or min(*counts, self.num_matching) < 1:
+        counts = (self.channels, self.levels, self.matching, self.classes, self.stem)
+        if len(self.guidance) != 4 or min(*self.guidance, *counts) < 1:
             raise InputError("four guidance widths, and all counts at least 1, are needed")
         if self.side < 16 or self.side % 16:
             raise InputError(f"side must be a multiple of 16, got {self.side}")
         if self.width < 8:
             raise InputError(f"width must be at least 8, got {self.width}")
-
-    @property
-    def num_matching(self) -> int:
-        return self.levels if self.matching is None else self.matching
 
 
 def small(config: NetworkConfig) -> NetworkConfig:
@@ -88,7 +85,7 @@ class CostFilterNetwork(nn.Module):
             self.spatial = nn.ModuleList(
                 Projector(c, o) for c, o in zip(config.guidance, guided, strict=True)
             )
-            self.matching = nn.ModuleList(Projector(config.num_matching, o) for o in guided)
+            self.matching = nn.ModuleList(Projector(config.matching, o) for o in guided)
             self.fuse = nn.ModuleList(Fuse(o) for o in guided)
             self.bridge = block(14 * b, 8 * b, 8 * b)
             self.decoder = nn.ModuleList(
@@ -357,12 +354,7 @@ def fold(network: CostFilterNetwork) -> CostFilterNetwork:
     folded = copy.deepcopy(network).eval().requires_grad_(False)
     for module in folded.modules():
         if isinstance(module, ConvNormReLU) and isinstance(module.norm, nn.BatchNorm3d):
-            norm, conv = module.norm, module.conv
-            mean, variance = norm.running_mean, norm.running_var
-            assert mean is not None and variance is not None and conv.bias is not None
-            scale = norm.weight / (variance + norm.eps).sqrt()
-            conv.weight.copy_(conv.weight * scale[:, None, None, None, None])
-            conv.bias.copy_((conv.bias - mean) * scale + norm.bias)
+            module.conv = fuse_conv_bn_eval(module.conv, module.norm)
             module.norm = nn.Identity()
     return folded
 

@@ -13,13 +13,15 @@ D = h w positions of a template, K channels of the volume, O outputs of the conv
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from allgood.types import InputError
+
+Level = TypeVar("Level")
 
 
 @dataclass(frozen=True)
@@ -29,32 +31,35 @@ class VolumeConfig:
     compared. It fixes D, and with it the filter's first layer."""
     templates: int = 1
     """N, how many templates each image is compared with."""
-    mode: Literal["concat", "loop_mean", "topk"] = "concat"
+    merge: Literal["concat", "loop_mean"] = "concat"
     """`concat`: one volume of N D channels, as the slides; `loop_mean`: N volumes of D channels,
-    whose filtered maps are averaged (published GLAD); `topk`: the `top_k` least costs of the N D,
-    in their order (published AnomalDF, Dinomaly)."""
+    whose filtered maps are averaged (published GLAD)."""
     top_k: int | None = None
+    """Only so many least costs of each position stay, in their order (published AnomalDF and
+    Dinomaly); None: all."""
     orientation: Literal["input", "reference"] = "input"
     """Whose positions lie on H, W: the input's, or the templates' (the reference's Dinomaly)."""
-    epsilon: float = 1e-8
-    """Added to each norm, so that a zero feature has cost 1 to everything."""
 
     def __post_init__(self) -> None:
         if min(*self.grid, self.templates) < 1:
             raise InputError("grid and templates must be at least 1")
-        positions = self.templates * self.grid[0] * self.grid[1]
-        if (self.top_k is None) == (self.mode == "topk"):
-            raise InputError("top_k goes with mode topk, and only with it")
-        if self.top_k is not None and not 1 <= self.top_k <= positions:
-            raise InputError(f"top_k must be in [1, {positions}], got {self.top_k}")
+        if self.top_k is not None and not 1 <= self.top_k <= self.positions:
+            raise InputError(f"top_k must be in [1, {self.positions}], got {self.top_k}")
+
+    @property
+    def passes(self) -> int:
+        """Rows of the network's batch that each image takes."""
+        return self.templates if self.merge == "loop_mean" else 1
+
+    @property
+    def positions(self) -> int:
+        """What each position is compared with in one pass: N D, or D with `loop_mean`."""
+        return self.templates // self.passes * self.grid[0] * self.grid[1]
 
     @property
     def channels(self) -> int:
         """K of the volume."""
-        if self.top_k is not None:
-            return self.top_k
-        merged = self.templates if self.mode == "concat" else 1
-        return merged * self.grid[0] * self.grid[1]
+        return self.top_k or self.positions
 
 
 class Side(NamedTuple):
@@ -81,9 +86,7 @@ class Comparison:
     @property
     def selects(self) -> bool:
         """Whether only some costs go on: nothing linear, so the volume must be built."""
-        config = self.config
-        positions = config.templates * config.grid[0] * config.grid[1]
-        return config.top_k is not None and config.top_k < positions
+        return self.config.channels < self.config.positions
 
 
 def compare(
@@ -111,7 +114,7 @@ def compare(
             raise InputError(
                 f"query {tuple(q.shape)} and template {tuple(t.shape)} must agree in B and C"
             )
-        if config.mode == "loop_mean":
+        if config.merge == "loop_mean":
             q = q.repeat_interleave(config.templates, dim=0)
             t = t.flatten(0, 1).unsqueeze(1)
         image = _side(q, config)
@@ -201,10 +204,11 @@ def initial_map(comparison: Comparison, *, block: int = 1024) -> Tensor:
     return torch.stack(levels, dim=1)
 
 
-def spread_over_stages(levels: Sequence[Tensor]) -> list[Tensor]:
+def spread_over_stages(levels: Sequence[Level]) -> list[Level]:
     """L levels -> the four stages that are guided; stage s of 1..4 sees level floor((s-1) L / 4).
 
-    The spatial guidance: the query's levels as the detector gave them, not normalised.
+    The spatial guidance, or its channels: the query's levels as the detector gave them, not
+    normalised.
     """
     return [levels[stage * len(levels) // 4] for stage in range(4)]
 
@@ -223,7 +227,7 @@ def _side(features: Tensor, config: VolumeConfig) -> Side:
     """(B, C, h, w) of any grid -> one side of the volume."""
     flat = resize_aligned(features.float(), config.grid).flatten(2)
     norm = flat.square().sum(dim=1, keepdim=True).sqrt()
-    return Side(flat, 1 / (norm + config.epsilon))
+    return Side(flat, 1 / (norm + 1e-8))  # so a zero feature has cost 1 to everything
 
 
 def _float32(comparison: Comparison) -> torch.autocast:

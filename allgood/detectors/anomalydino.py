@@ -19,13 +19,7 @@ from torch import Tensor, nn
 
 from allgood.encoders.tiled import Encoder
 from allgood.layers.categories import CategoryReferences
-from allgood.layers.memory_bank import (
-    choose_rows,
-    draw_images,
-    read_good_images,
-    rows_by_category,
-    search_bank,
-)
+from allgood.layers.memory_bank import MemoryBank, draw_images, read_good_images
 from allgood.layers.patch_store import PatchStore
 from allgood.scoring import (
     gaussian_smooth,
@@ -98,14 +92,9 @@ class AnomalyDINO(nn.Module):
         listed = {"off": (), "listed": MASKED_CATEGORIES, "all": categories}[config.mask_background]
         self.masked = tuple(name for name in categories if name in listed)
         self.references = CategoryReferences(len(categories), sum(encoder.channels))
-        self.own_rows: Tensor | None = None  # in graphs, see `search_bank`
-        self.bank: Tensor
-        self.bank_category: Tensor
-        self.bank_image: Tensor
-        self.register_buffer("bank", torch.empty(0, 0))  # (M, C), rows of unit length
-        self.register_buffer("bank_category", torch.empty(0, dtype=torch.int64))  # (M,)
-        # Which good image a row is of, see `image_number`.
-        self.register_buffer("bank_image", torch.empty(0, dtype=torch.int64))  # (M,)
+        self.bank = MemoryBank(
+            categories, shared=config.bank == "shared", num_neighbors=config.num_neighbors
+        )
 
     def remembered(self, samples: Sequence[Sample]) -> Sequence[Sample]:
         """Those of which the bank has tokens; one that cannot be read is not replaced."""
@@ -120,7 +109,7 @@ class AnomalyDINO(nn.Module):
         *,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Read the good images (and their rotated copies) once; their tokens are the bank.
+        """Read the good images (and their rotated copies) once: the bank is their unit tokens.
 
         Reference images are not masked: missing boundary tokens would cause false alarms.
 
@@ -137,13 +126,7 @@ class AnomalyDINO(nn.Module):
             lambda levels: F.normalize(self.embed(levels), dim=1),
         )
         self.references.fit(*store.global_features())
-        tokens, category = store.patches()
-        groups = rows_by_category(category, self.categories)
-        ratio = self.config.coreset_ratio * (store.seen_rows / len(tokens))
-        chosen = choose_rows(tokens, groups, ratio, progress=progress)
-        self.bank = tokens[chosen].to(self.bank.device)
-        self.bank_category = category[chosen].to(self.bank.device)
-        self.bank_image = store.patch_images()[chosen].to(self.bank.device)
+        self.bank.choose(store, self.config.coreset_ratio, progress=progress)
 
     def match(
         self,
@@ -154,10 +137,10 @@ class AnomalyDINO(nn.Module):
     ) -> Match:
         levels = self.encoder(image)
         query, distance, nearest, category = self._search(levels, category, image_number)
-        batch, channels, height, width = query.shape
-        template = self.bank[nearest[..., 0].flatten()].view(batch, 1, height, width, channels)
+        template = self.bank.patches[nearest[:, None, ..., 0]]  # (B, 1, h, w, C)
         if self.config.query == "raw":
-            query = torch.cat([resize_map(level, (height, width)) for level in levels], dim=1)
+            grid = (query.shape[-2], query.shape[-1])
+            query = torch.cat([resize_map(level, grid) for level in levels], dim=1)
         return Match([query], [template.permute(0, 1, 4, 2, 3)], distance, category)
 
     def predict(
@@ -200,21 +183,15 @@ class AnomalyDINO(nn.Module):
             category = self.references.infer(levels)
         tokens = self.embed(levels)
         query = F.normalize(tokens, dim=1, eps=1e-12)
-        batch, _, height, width = query.shape
         visible = self._visible(tokens, category) if self.masked else None
-        rows = query.flatten(2).transpose(1, 2)  # (B, N, C)
-        own = None if self.config.bank == "shared" else (category, self.bank_category)
-        not_from = None if image_number is None else (image_number, self.bank_image)
-        k = self.config.num_neighbors
-        squared, nearest = search_bank(
-            rows, self.bank, k, own=own, own_rows=self.own_rows, visible=visible, not_from=not_from
+        squared, nearest = self.bank.search(
+            query, category, image_number=image_number, visible=visible
         )
         # Of unit vectors, half the squared distance is 1 - cosine.
-        distance = squared.view(batch, 1, height, width, k).mean(dim=-1) / 2
-        return query, distance, nearest.view(batch, height, width, k), category
+        return query, squared / 2, nearest, category
 
     def _visible(self, tokens: Tensor, category: Tensor) -> Tensor:
-        """(B, N) bool: patches of the object, in pictures of a category that is `masked`."""
+        """(B, h, w) bool: patches of the object, in pictures of a category that is `masked`."""
         if torch.compiler.is_compiling():
             raise InputError(
                 "a graph cannot mask the background, which rests on each picture's own components: "
@@ -226,7 +203,7 @@ class AnomalyDINO(nn.Module):
                 visible[i] = foreground_mask(
                     tokens[i], self.config.mask_threshold, morphology=self.config.morphology
                 )
-        return visible.flatten(1)
+        return visible
 
 
 def foreground_mask(

@@ -11,11 +11,10 @@ Letters: B images, L kept layers, G groups, N tokens with prefix, P patches, C c
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,8 +24,16 @@ from allgood.layers.attention import linear_attention, neighbour_mask, softmax_a
 from allgood.layers.categories import CategoryReferences, global_feature
 from allgood.layers.cosine import cosine_distance
 from allgood.layers.dropout import dropout
+from allgood.layers.processes import of_all_processes
 from allgood.layers.tokens import feature_jitter
-from allgood.scoring import gaussian_kernel, hidden_patches, hidden_pixels, top_fraction_mean
+from allgood.scoring import (
+    axis_matrix,
+    gaussian_kernel,
+    hidden_patches,
+    hidden_pixels,
+    predict_from_map,
+    top_fraction_mean,
+)
 from allgood.types import InputError, Match, Prediction, TrainingBatch
 
 SCORE_SIDE = 256
@@ -206,16 +213,16 @@ class Dinomaly(nn.Module):
         ignore: Tensor | None = None,
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
-        match = self.match(image, category)
-        sides = (image.shape[-2], image.shape[-1])
-        scored = self.anomaly_map(
-            match.host_map, sides, ignore=ignore, map_size=(SCORE_SIDE, SCORE_SIDE)
+        score = partial(top_fraction_mean, fraction=self.config.top_fraction)
+        return predict_from_map(
+            self,
+            image,
+            category,
+            score,
+            ignore=ignore,
+            map_size=map_size,
+            score_size=(SCORE_SIDE, SCORE_SIDE),
         )
-        score = top_fraction_mean(scored, self.config.top_fraction)
-        if map_size == (SCORE_SIDE, SCORE_SIDE):
-            return Prediction(scored, score, match.category)
-        anomaly_map = self.anomaly_map(match.host_map, sides, ignore=ignore, map_size=map_size)
-        return Prediction(anomaly_map, score, match.category)
 
     def anomaly_map(
         self,
@@ -357,11 +364,7 @@ def loose_loss(
 def _easy_points(target: Tensor, rebuilt: Tensor, discard_rate: float) -> Tensor:
     """(B, P) bool: patches with a distance below the k-th largest of the whole batch."""
     distance = cosine_distance(target, rebuilt)
-    whole = distance.flatten()
-    if dist.is_available() and dist.is_initialized():
-        parts = [torch.empty_like(whole) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, whole)
-        whole = torch.cat(parts)
+    whole = of_all_processes(distance.flatten())
     count = max(1, int(len(whole) * (1 - discard_rate)))
     return distance < whole.topk(count).values[-1]
 
@@ -374,15 +377,16 @@ def map_matrix(patches: int, side: int, size: int) -> Tensor:
     pixels and sigma 4 that takes the outside as 0, and, where another size is asked for, on to
     `size`. So map = A M A^T, instead of three passes over images.
     """
-    with torch.inference_mode(False):  # kept between calls, so of use to any mode
-        x = torch.eye(patches, dtype=torch.float64).unsqueeze(0)  # each row one patch's share
+
+    def step(x: Tensor) -> Tensor:
         x = F.interpolate(x, side, mode="linear", align_corners=True)
         x = F.interpolate(x, SCORE_SIDE, mode="linear", align_corners=False)
-        kernel = gaussian_kernel(4.0, radius=2).expand(patches, 1, -1)
-        x = F.conv1d(x, kernel, padding=2, groups=patches)
+        x = F.conv1d(x, gaussian_kernel(4.0, radius=2)[None, None], padding=2)
         if size != SCORE_SIDE:
             x = F.interpolate(x, size, mode="linear", align_corners=False)
-        return x[0].T.float().contiguous()
+        return x
+
+    return axis_matrix(patches, step)
 
 
 def _chunks(layers: Sequence[Tensor], count: int) -> list[Sequence[Tensor]]:

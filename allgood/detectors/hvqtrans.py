@@ -34,7 +34,13 @@ from allgood.layers.tokens import (
     to_map,
     to_tokens,
 )
-from allgood.scoring import hidden_patches, hidden_pixels, highest_window_mean, resize_map
+from allgood.scoring import (
+    hidden_patches,
+    hidden_pixels,
+    highest_window_mean,
+    predict_from_map,
+    resize_map,
+)
 from allgood.types import InputError, Match, Prediction, TrainingBatch
 
 
@@ -218,16 +224,9 @@ class HVQTrans(nn.Module):
         ignore: Tensor | None = None,
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
-        match = self.match(image, category)
-        height, width = image.shape[-2:]
-        at_input = self.anomaly_map(match.host_map, (height, width), ignore=ignore)
-        score = highest_window_mean(at_input)
-        if map_size in (None, (height, width)):
-            return Prediction(at_input, score, match.category)
-        anomaly_map = self.anomaly_map(
-            match.host_map, (height, width), ignore=ignore, map_size=map_size
+        return predict_from_map(
+            self, image, category, highest_window_mean, ignore=ignore, map_size=map_size
         )
-        return Prediction(anomaly_map, score, match.category)
 
     def anomaly_map(
         self,
@@ -237,13 +236,9 @@ class HVQTrans(nn.Module):
         ignore: Tensor | None = None,
         map_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        anomaly_map = F.interpolate(
-            hidden_patches(host_map.float(), ignore),
-            image_size,
-            mode="bilinear",
-            align_corners=True,
-        )
-        return hidden_pixels(resize_map(anomaly_map, map_size or image_size), ignore)
+        distance = hidden_patches(host_map.float(), ignore)
+        full = resize_map(distance, image_size, align_corners=True)
+        return hidden_pixels(resize_map(full, map_size or image_size), ignore)
 
     @torch.no_grad()
     def _start_codebooks(self, which: int, aligned: Tensor) -> None:

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,12 +25,14 @@ from allgood.encoders.unireplknet import Block, ChannelNorm, ConvNorm, channel_n
 from allgood.layers.categories import CategoryReferences, global_feature
 from allgood.layers.cosine import cosine_distance, reverse_distillation_loss
 from allgood.layers.derived import Derived
+from allgood.layers.processes import of_all_processes
 from allgood.layers.pyramid import require_halving, require_multiple
 from allgood.scoring import (
     gaussian_kernel,
     gaussian_smooth,
     hidden_patches,
     hidden_pixels,
+    predict_from_map,
     resize_map,
     top_fraction_mean,
 )
@@ -134,9 +135,7 @@ class MiniMaxAD(nn.Module):
         rebuilt = [level.float() for level in self._judge(query)]
         size = (image.shape[-2], image.shape[-1])
         maps = [
-            F.interpolate(
-                cosine_distance(q, r, dim=1).unsqueeze(1), size, mode="bilinear", align_corners=True
-            )
+            resize_map(cosine_distance(q, r, dim=1).unsqueeze(1), size, align_corners=True)
             for q, r in zip(query, rebuilt, strict=True)
         ]
         if category is None:
@@ -152,13 +151,8 @@ class MiniMaxAD(nn.Module):
         ignore: Tensor | None = None,
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
-        match = self.match(image, category)
-        scored = self.anomaly_map(match.host_map, (image.shape[-2], image.shape[-1]), ignore=ignore)
-        score = top_fraction_mean(scored, self.config.top_fraction)
-        if map_size is None:
-            return Prediction(scored, score, match.category)
-        anomaly_map = hidden_pixels(resize_map(scored, map_size), ignore)
-        return Prediction(anomaly_map, score, match.category)
+        score = partial(top_fraction_mean, fraction=self.config.top_fraction)
+        return predict_from_map(self, image, category, score, ignore=ignore, map_size=map_size)
 
     def anomaly_map(
         self,
@@ -259,7 +253,7 @@ def coarse_distance(targets: Sequence[Tensor], rebuilt: Sequence[Tensor]) -> Ten
 
 def local_hm_loss(distance: Tensor, repeats: int, p_lim: float) -> Tensor:
     """Eq. 8: mean of S^2 where it is at least its quantile beta. Arguments as `adc_loss`."""
-    everywhere = _of_all_processes(distance.detach())
+    everywhere = of_all_processes(distance.detach())
     beta = _upper_quantile(everywhere.square(), repeats, p_lim)
     return _mean_above(distance.square(), everywhere.square(), beta)
 
@@ -279,7 +273,7 @@ def adc_loss(distance: Tensor, repeats: int, p_hard: float, p_lim: float) -> Ten
     Returns:
         scalar.
     """
-    everywhere = _of_all_processes(distance.detach())
+    everywhere = of_all_processes(distance.detach())
     pixels = everywhere.numel() * repeats
     squares = everywhere.square()
     deviation = (everywhere - everywhere.mean()).square().sum()
@@ -308,15 +302,6 @@ def _mean_above(squares: Tensor, everywhere: Tensor, threshold: Tensor) -> Tenso
     processes = everywhere.numel() // squares.numel()
     chosen = torch.where(squares.detach() >= threshold, squares, 0).sum()
     return chosen * processes / (everywhere >= threshold).sum()
-
-
-def _of_all_processes(values: Tensor) -> Tensor:
-    """Those of every process, so that they agree on one threshold."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
 
 
 def _halving(inputs: int, outputs: int) -> ConvNorm:

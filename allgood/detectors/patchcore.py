@@ -19,12 +19,7 @@ from torch import Tensor, nn
 
 from allgood.encoders.tiled import Encoder
 from allgood.layers.categories import CategoryReferences
-from allgood.layers.memory_bank import (
-    choose_rows,
-    read_good_images,
-    rows_by_category,
-    search_bank,
-)
+from allgood.layers.memory_bank import MemoryBank, read_good_images
 from allgood.layers.nearest import nearest_distance
 from allgood.layers.patch_store import PatchStore
 from allgood.scoring import gaussian_smooth, hidden_patches, hidden_pixels, resize_map
@@ -89,14 +84,9 @@ class PatchCore(nn.Module):
         self.categories = categories
         self.seed = seed
         self.references = CategoryReferences(len(categories), sum(encoder.channels))
-        self.own_rows: Tensor | None = None  # in graphs, see `search_bank`
-        self.bank: Tensor
-        self.bank_category: Tensor
-        self.bank_image: Tensor
-        self.register_buffer("bank", torch.empty(0, 0))  # (M, C)
-        self.register_buffer("bank_category", torch.empty(0, dtype=torch.int64))  # (M,)
-        # Which good image a row is of, see `image_number`.
-        self.register_buffer("bank_image", torch.empty(0, dtype=torch.int64))  # (M,)
+        self.bank = MemoryBank(
+            categories, shared=config.bank == "shared", num_neighbors=config.num_neighbors
+        )
 
     def remembered(self, samples: Sequence[Sample]) -> Sequence[Sample]:
         return samples
@@ -117,16 +107,13 @@ class PatchCore(nn.Module):
         """
         read_good_images(batches, store, self.categories, self.encoder, self.embed)
         self.references.fit(*store.global_features())
-        patches, category = store.patches()
-        groups = rows_by_category(category, self.categories)
-        if self.config.bank == "shared":
-            groups = [torch.arange(len(patches))]
-        # The ratio is of the patches seen, not of those that the memory budget let stay.
-        ratio = self.config.coreset_ratio * (store.seen_rows / len(patches))
-        chosen = choose_rows(patches, groups, ratio, start=self._start, progress=progress)
-        self.bank = patches[chosen].to(self.bank.device)
-        self.bank_category = category[chosen].to(self.bank.device)
-        self.bank_image = store.patch_images()[chosen].to(self.bank.device)
+        self.bank.choose(
+            store,
+            self.config.coreset_ratio,
+            together=self.bank.shared,
+            start=self._start,
+            progress=progress,
+        )
 
     def match(
         self,
@@ -136,14 +123,13 @@ class PatchCore(nn.Module):
         image_number: Tensor | None = None,
     ) -> Match:
         query, distance, nearest, category = self._search(image, category, image_number)
-        batch, channels, height, width = query.shape
-        template = self.bank[nearest[..., 0].flatten()].view(batch, height, width, channels)
+        template = self.bank.patches[nearest[..., 0]].permute(0, 3, 1, 2)
         # Levels that stand side by side in a patch come apart again.
-        sizes = [channels] if self.config.embedding == "official" else list(self.encoder.channels)
-        templates = template.permute(0, 3, 1, 2).split(sizes, dim=1)
+        official = self.config.embedding == "official"
+        sizes = [query.shape[1]] if official else list(self.encoder.channels)
         return Match(
             list(query.split(sizes, dim=1)),
-            [part.unsqueeze(1) for part in templates],
+            [part.unsqueeze(1) for part in template.split(sizes, dim=1)],
             distance,
             category,
         )
@@ -208,16 +194,8 @@ class PatchCore(nn.Module):
         if category is None:
             category = self.references.infer(levels)
         query = self.embed(levels)
-        batch, _, height, width = query.shape
-        rows = query.flatten(2).transpose(1, 2)  # (B, N, C)
-        own = None if self.config.bank == "shared" else (category, self.bank_category)
-        not_from = None if image_number is None else (image_number, self.bank_image)
-        k = self.config.num_neighbors
-        distance, nearest = search_bank(
-            rows, self.bank, k, own=own, own_rows=self.own_rows, not_from=not_from
-        )
-        distance = distance.view(batch, 1, height, width, k).mean(dim=-1)
-        return query, distance, nearest.view(batch, height, width, k), category
+        distance, nearest = self.bank.search(query, category, image_number=image_number)
+        return query, distance, nearest, category
 
     def _reweighted(
         self, query: Tensor, distance: Tensor, nearest: Tensor, category: Tensor
@@ -236,9 +214,8 @@ class PatchCore(nn.Module):
             query.flatten(2), distance.flatten(1), nearest[..., 0].flatten(1), category, strict=True
         ):
             worst = int(patches.argmax())
-            patch, row = features[:, worst], self.bank[rows[worst]]  # q, m*
-            shared = self.config.bank == "shared"
-            bank = self.bank if shared else self.bank[self.bank_category == index]
+            patch, row = features[:, worst], self.bank.patches[rows[worst]]  # q, m*
+            bank = self.bank.patches[self.bank.rows_for(index)]
             count = min(self.config.reweight, len(bank))
             _, around = nearest_distance(row[None], bank, k=count)  # the row itself first
             spread = (bank[around[0]] - patch).square().sum(dim=1).sqrt()

@@ -11,18 +11,25 @@ halves the grid of the one before.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allgood.encoders.folding import folded_weights
 from allgood.encoders.tiled import Encoder
 from allgood.layers.categories import CategoryReferences, global_feature
 from allgood.layers.cosine import cosine_distance, reverse_distillation_loss
 from allgood.layers.derived import Derived
 from allgood.layers.pyramid import require_halving, require_multiple
-from allgood.scoring import gaussian_smooth, hidden_patches, hidden_pixels, resize_map
+from allgood.scoring import (
+    gaussian_smooth,
+    hidden_patches,
+    hidden_pixels,
+    predict_from_map,
+    resize_map,
+)
 from allgood.types import InputError, Match, Prediction, TrainingBatch
 
 EMBEDDING_BLOCKS = 3
@@ -112,14 +119,8 @@ class RD4AD(nn.Module):
         ignore: Tensor | None = None,
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
-        match = self.match(image, category)
-        sides = (image.shape[-2], image.shape[-1])
-        scored = self.anomaly_map(match.host_map, sides, ignore=ignore)
-        score = scored.flatten(1).amax(dim=1)
-        if map_size in (None, sides):
-            return Prediction(scored, score, match.category)
-        anomaly_map = self.anomaly_map(match.host_map, sides, ignore=ignore, map_size=map_size)
-        return Prediction(anomaly_map, score, match.category)
+        score = partial(torch.amax, dim=(1, 2, 3))
+        return predict_from_map(self, image, category, score, ignore=ignore, map_size=map_size)
 
     def anomaly_map(
         self,
@@ -130,8 +131,9 @@ class RD4AD(nn.Module):
         map_size: tuple[int, int] | None = None,
     ) -> Tensor:
         with torch.autocast(host_map.device.type, enabled=False):  # distances stay float32
-            visible = hidden_patches(host_map.float(), ignore)
-            smoothed = gaussian_smooth(_aligned(visible, image_size), self.config.sigma)
+            distance = hidden_patches(host_map.float(), ignore)
+            full = resize_map(distance, image_size, align_corners=True)
+            smoothed = gaussian_smooth(full, self.config.sigma)
         return hidden_pixels(resize_map(smoothed, map_size or image_size), ignore)
 
 
@@ -235,30 +237,20 @@ class ConvNorm(nn.Module):
         return F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding)
 
     def _fold(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the one convolution, computed in float64."""
-        norm, weight = self.norm, self.conv.weight
-        assert norm.running_mean is not None and norm.running_var is not None
-        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        bias = norm.bias.double() - scale * norm.running_mean.double()
-        outputs = 1 if isinstance(self.conv, nn.ConvTranspose2d) else 0
-        shape = [-1 if axis == outputs else 1 for axis in range(4)]
-        return (weight * scale.view(shape)).to(weight.dtype), bias.to(weight.dtype)
+        transposed = isinstance(self.conv, nn.ConvTranspose2d)
+        weight, bias = folded_weights(self.conv.weight, None, self.norm, transposed=transposed)
+        return weight.to(self.conv.weight.dtype), bias.to(self.conv.weight.dtype)
 
 
-def distance_map(query: Sequence[Tensor], template: Sequence[Tensor], size: Any) -> Tensor:
+def distance_map(
+    query: Sequence[Tensor], template: Sequence[Tensor], size: tuple[int, int]
+) -> Tensor:
     """(B, 1, H, W): sum over levels of 1 - cosine at each position, brought to `size` (H, W)."""
     maps = [
-        _aligned(cosine_distance(q, t, dim=1).unsqueeze(1), size)
+        resize_map(cosine_distance(q, t, dim=1).unsqueeze(1), size, align_corners=True)
         for q, t in zip(query, template, strict=True)
     ]
     return torch.stack(maps).sum(dim=0)
-
-
-def _aligned(level: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 1, h, w) -> (B, 1, *size): bilinear, corner pixels on corner pixels."""
-    if level.shape[-2:] == size:
-        return level
-    return F.interpolate(level, size, mode="bilinear", align_corners=True)
 
 
 def _halving(inputs: int, outputs: int) -> ConvNorm:

@@ -30,7 +30,13 @@ from allgood.layers.tokens import (
     to_map,
     to_tokens,
 )
-from allgood.scoring import hidden_patches, hidden_pixels, highest_window_mean, resize_map
+from allgood.scoring import (
+    hidden_patches,
+    hidden_pixels,
+    highest_window_mean,
+    predict_from_map,
+    resize_map,
+)
 from allgood.types import InputError, Match, Prediction, TrainingBatch
 
 
@@ -158,14 +164,9 @@ class UniAD(nn.Module):
         ignore: Tensor | None = None,
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
-        match = self.match(image, category)
-        sides = (image.shape[-2], image.shape[-1])
-        full = self.anomaly_map(match.host_map, sides, ignore=ignore)
-        score = highest_window_mean(full)
-        if map_size is None:
-            return Prediction(full, score, match.category)
-        anomaly_map = self.anomaly_map(match.host_map, sides, ignore=ignore, map_size=map_size)
-        return Prediction(anomaly_map, score, match.category)
+        return predict_from_map(
+            self, image, category, highest_window_mean, ignore=ignore, map_size=map_size
+        )
 
     def anomaly_map(
         self,
@@ -176,7 +177,7 @@ class UniAD(nn.Module):
         map_size: tuple[int, int] | None = None,
     ) -> Tensor:
         distance = hidden_patches(host_map.float(), ignore)
-        full = F.interpolate(distance, image_size, mode="bilinear", align_corners=True)
+        full = resize_map(distance, image_size, align_corners=True)
         return hidden_pixels(resize_map(full, map_size or image_size), ignore)
 
     def _levels(self, features: Tensor) -> list[Tensor]:

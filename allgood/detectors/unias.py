@@ -14,6 +14,7 @@ of the decoder, coarse to fine, rebuilds level L - 1 - k.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -37,9 +38,10 @@ from allgood.layers.tokens import (
     to_tokens,
 )
 from allgood.scoring import (
-    gaussian_filter,
+    gaussian_blur,
     hidden_patches,
     hidden_pixels,
+    predict_from_map,
     resize_map,
     visible_deviation,
 )
@@ -158,7 +160,7 @@ class UniAS(nn.Module):
 
     def targets(self, features: Sequence[Tensor]) -> list[Tensor]:
         """z: the levels, each smoothed by a Gaussian of 3 x 3 (Eq. 2)."""
-        smooth = [gaussian_filter(level.float(), 3, 1.0) for level in features]
+        smooth = [gaussian_blur(level.float(), 3, 1.0) for level in features]
         return smooth if self.config.multi_level else [self._aligned(smooth)]
 
     def rebuild(self, features: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
@@ -217,7 +219,7 @@ class UniAS(nn.Module):
             distance = resize_map(distance, (side, side))
             if reference and self.config.smooth:
                 size = 3 + 2 * (len(maps) - number)
-                distance = gaussian_filter(distance, size, size / 3)
+                distance = gaussian_blur(distance, size, size / 3)
             product = product * distance
         return product
 
@@ -229,16 +231,10 @@ class UniAS(nn.Module):
         ignore: Tensor | None = None,
         map_size: tuple[int, int] | None = None,
     ) -> Prediction:
-        match = self.match(image, category)
-        sides = (self.side, self.side)
-        whole = self.anomaly_map(match.host_map, sides, ignore=ignore)
-        score = whole.amax(dim=(1, 2, 3))
+        score = partial(torch.amax, dim=(1, 2, 3))
         if self.config.score == "std":
-            score = visible_deviation(whole, ignore)
-        if map_size is None:
-            return Prediction(whole, score, match.category)
-        anomaly_map = self.anomaly_map(match.host_map, sides, ignore=ignore, map_size=map_size)
-        return Prediction(anomaly_map, score, match.category)
+            score = partial(visible_deviation, ignore=ignore)
+        return predict_from_map(self, image, category, score, ignore=ignore, map_size=map_size)
 
     def anomaly_map(
         self,
@@ -248,10 +244,9 @@ class UniAS(nn.Module):
         ignore: Tensor | None = None,
         map_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        visible = hidden_patches(host_map.float(), ignore)
-        whole = F.interpolate(visible, image_size, mode="bilinear", align_corners=True)
-        whole = hidden_pixels(whole, ignore)
-        return hidden_pixels(resize_map(whole, map_size or image_size), ignore)
+        distance = hidden_patches(host_map.float(), ignore)
+        full = hidden_pixels(resize_map(distance, image_size, align_corners=True), ignore)
+        return hidden_pixels(resize_map(full, map_size or image_size), ignore)
 
     def _aligned(self, levels: Sequence[Tensor]) -> Tensor:
         return align_levels(levels, (self.config.grid, self.config.grid))

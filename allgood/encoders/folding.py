@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from timm.layers import Conv2dSame, LayerScale
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,7 +58,9 @@ def fold_batch_norms(backbone: Any, levels: Sequence[int]) -> None:
         norm = norm_of.get(key)
         if norm is None or readers.count[key] > 1:
             continue
-        _fold(conv, norm)
+        weight, bias = folded_weights(conv.weight, conv.bias, norm)
+        conv.weight.copy_(weight)
+        conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
         owner, _, last = name_of[norm].rpartition(".")
         setattr(backbone.get_submodule(owner), last, getattr(norm, "act", nn.Identity()))
 
@@ -78,14 +81,30 @@ class _Readers(TorchDispatchMode):
         self.count.update(id(leaf) for leaf in tree_leaves(read) if id(leaf) in self.answered)
 
 
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+def folded_weights(
+    weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d, *, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer after which `norm` has nothing left to do, without gradients.
+
+    Args:
+        weight: (O, ...), or (I, O, ...) of a `transposed` convolution.
+        bias: (O,), or None.
+
+    Returns:
+        float64, of the same shapes.
+    """
     assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias = norm.bias.double() - scale * norm.running_mean.double()
-    if conv.bias is not None:
-        bias += scale * conv.bias.double()
-    conv.weight.copy_(scale.view(-1, 1, 1, 1) * conv.weight.double())
-    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+    fused = fuse_conv_bn_weights(
+        weight.double(),
+        None if bias is None else bias.double(),
+        norm.running_mean.double(),
+        norm.running_var.double(),
+        norm.eps,
+        norm.weight.double(),
+        norm.bias.double(),
+        transposed,
+    )
+    return fused[0].detach(), fused[1].detach()
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from allgood.encoders.folding import folded_weights
 from allgood.types import InputError
 
 NAME = "unireplknet_n"
@@ -136,13 +137,12 @@ class MergedBlock(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        kernel, bias = block.depthwise.folded()
-        kernel, bias = _fold(kernel, bias, block.norm)
+        kernel, bias = folded_weights(*block.depthwise.folded(), block.norm)
         self.depthwise = Depthwise(len(kernel), kernel.shape[-1], bias=True)
         _fill(self.depthwise, kernel, bias)
         self.se, self.expand, self.grn_scale = block.se, block.expand, block.grn_scale
         weight = block.reduce.weight.double()
-        weight, bias = _fold(weight, weight @ block.grn_shift.double(), block.out_norm)
+        weight, bias = folded_weights(weight, weight @ block.grn_shift.double(), block.out_norm)
         scale = block.layer_scale.double()
         self.reduce = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
         _fill(self.reduce, scale[:, None] * weight, scale * bias)
@@ -296,8 +296,7 @@ class ConvNorm(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of one convolution that does the same, float64."""
-        weight = self.conv.weight.double()
-        return _fold(weight, weight.new_zeros(len(weight)), self.norm)
+        return folded_weights(self.conv.weight, None, self.norm)
 
     def merged(self) -> nn.Conv2d:
         """The same function of running statistics, for dense convolutions."""
@@ -336,14 +335,6 @@ def merge(module: nn.Module) -> nn.Module:
         else:
             merge(child)
     return module.requires_grad_(False)
-
-
-def _fold(weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight (O, ...) and bias (O,) after which `norm` has nothing left to do, float64."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias = norm.bias.double() + scale * (bias - norm.running_mean.double())
-    return scale.view(-1, *[1] * (weight.ndim - 1)) * weight, bias
 
 
 def _fill(module: Any, weight: Tensor, bias: Tensor) -> Any:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allgood.layers.derived import Derived
+from allgood.scoring import axis_matrix
 
 
 class ReconstructionHead(nn.Module):
@@ -111,6 +112,4 @@ class ReconstructionHead(nn.Module):
 
 def resize_matrix(grid: int, side: int) -> Tensor:
     """(S, g) float32: bilinear resize of one axis, corners aligned."""
-    rows = torch.eye(grid, dtype=torch.float64).unsqueeze(0)
-    resized = F.interpolate(rows, side, mode="linear", align_corners=True)
-    return resized[0].T.float().contiguous()
+    return axis_matrix(grid, lambda x: F.interpolate(x, side, mode="linear", align_corners=True))

@@ -1,11 +1,13 @@
 """What the methods with a memory bank have in common: read the good images, choose rows, search.
 
 Letters: B images, C channels, h w patches, N = h * w, R rows of the store, M bank rows,
-k neighbours.
+K categories, k neighbours.
 """
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,192 @@ from allgood.layers.nearest import nearest_distance
 from allgood.layers.patch_store import PatchStore, image_number
 from allgood.scoring import ignored_patches, visible_rows
 from allgood.types import Batch, InputError, Sample
+
+
+class MemoryBank(nn.Module):
+    """Patches of good images, among which those of an image find their nearest neighbours.
+
+    Attributes:
+        patches: (M, C) float32; none before `choose`.
+        category: (M,) int64, ascending where the bank is not shared.
+        image: (M,) int64, the `image_number` of the good image that a patch is of.
+    """
+
+    def __init__(self, categories: Sequence[str], *, shared: bool, num_neighbors: int) -> None:
+        """
+        Args:
+            shared: compare an image with patches of all categories, not only of its own.
+            num_neighbors: k.
+        """
+        super().__init__()
+        self.categories = categories
+        self.shared = shared
+        self.num_neighbors = num_neighbors
+        self.patches: Tensor
+        self.category: Tensor
+        self.image: Tensor
+        self.register_buffer("patches", torch.empty(0, 0))
+        self.register_buffer("category", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("image", torch.empty(0, dtype=torch.int64))
+        self._table: Tensor | None = None  # see `fix_shapes`
+
+    def choose(
+        self,
+        store: PatchStore,
+        ratio: float,
+        *,
+        together: bool = False,
+        start: Callable[[Tensor], Tensor | None] = lambda features: None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Keep a greedy coreset of the patches in a store.
+
+        Args:
+            ratio: share of all patches seen that is kept.
+            together: all patches compete; else those of each category among themselves. Of each
+                at least one is kept.
+            start: features that compete -> distances before the first pick, see `greedy_coreset`.
+            progress: called with (rows chosen, rows to choose).
+
+        Raises:
+            InputError: the store has no patch of a category.
+        """
+        patches, category = store.patches()
+        groups = rows_by_category(category, self.categories)
+        if together:
+            groups = [torch.arange(len(patches))]
+        # The ratio is of the patches seen, not of those that the memory budget let stay.
+        ratio *= store.seen_rows / len(patches)
+        chosen = _coreset(patches, groups, ratio, start, progress)
+        device = self.patches.device
+        self.patches = patches[chosen].to(device)
+        self.category = category[chosen].to(device)
+        self.image = store.patch_images()[chosen].to(device)
+
+    def rows_for(self, category: int | Tensor) -> slice:
+        """The rows that an image of a category is compared with."""
+        if self.shared:
+            return slice(0, len(self.patches))
+        return slice(int((self.category < category).sum()), int((self.category <= category).sum()))
+
+    def search(
+        self,
+        query: Tensor,
+        category: Tensor,
+        *,
+        image_number: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The k nearest bank rows of every patch, and the mean squared distance to them.
+
+        Args:
+            query: (B, C, h, w).
+            category: (B,) int64.
+            image_number: (B,) int64: no image is compared with patches of this number. None: with
+                all.
+            visible: (B, h, w) bool; other patches get distance 0 to row 0. None: all.
+
+        Returns:
+            distance (B, 1, h, w) float32 >= 0, and bank rows (B, h, w, k) int64, nearest first.
+
+        Raises:
+            ValueError: fewer than k rows to search.
+        """
+        if image_number is not None:
+            return self._search_others(query, category, image_number, visible)
+        batch, _, height, width = query.shape
+        k = self.num_neighbors
+        rows = query.flatten(2).transpose(1, 2)  # (B, N, C)
+        if visible is None and self.shared:
+            distance, nearest = nearest_distance(rows.flatten(0, 1), self.patches, k=k)
+        elif visible is None and self._table is not None:
+            distance, nearest = self._search_table(rows, self._table[category])
+        else:
+            distance, nearest = self._search_groups(rows, category, visible)
+        distance = distance.view(batch, 1, height, width, k).mean(dim=-1)
+        return distance, nearest.view(batch, height, width, k)
+
+    def fix_shapes(self) -> None:
+        """Search from now on as a graph can: no shape depends on the category."""
+        if not self.shared:
+            groups = rows_by_category(self.category, self.categories)
+            # (K, most rows of a category), filled up with -1
+            self._table = nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=-1)
+
+    def require_others(self, run: Path, samples: Sequence[Sample], num_absent: int) -> None:
+        """See that every picture can be compared with the patches of others.
+
+        Args:
+            run: the detector's, for the message.
+            samples: good pictures that it was fitted on.
+            num_absent: how many more it was fitted on.
+
+        Raises:
+            InputError: the pictures' ids are not those of the fit, so that the bank does not know
+                them; or without a picture's own patches too few are left.
+        """
+        num_unknown = 0
+        for index, category in enumerate(self.categories):
+            given = {image_number(sample.id) for sample in samples if sample.category == category}
+            held = set(self.image[self.category == index].tolist())
+            num_unknown += len(held - given)
+            if num_unknown > num_absent or (held and held.isdisjoint(given)):
+                raise InputError(
+                    f"the good pictures have other names below their folder than when run '{run}' "
+                    "was fitted, and its memory bank knows its own by name: give the data as they "
+                    "were given to `allgood fit`"
+                )
+            searched = Counter(self.image[self.rows_for(index)].tolist())
+            most = max((searched[number] for number in given), default=0)
+            if searched.total() - most < self.num_neighbors:
+                raise InputError(
+                    f"the memory bank of run '{run}' holds too few pictures of category "
+                    f"'{category}' to compare each with others: fit it on at least two"
+                )
+
+    def _search_others(
+        self, query: Tensor, category: Tensor, image_number: Tensor, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`search` image by image, each in a bank without its own rows."""
+        distances, nearest = [], []
+        for i, number in enumerate(image_number):
+            others = (self.image != number).nonzero().squeeze(1)
+            bank = MemoryBank(self.categories, shared=self.shared, num_neighbors=self.num_neighbors)
+            bank.patches, bank.category = self.patches[others], self.category[others]
+            one = slice(i, i + 1)
+            distance, found = bank.search(
+                query[one], category[one], visible=None if visible is None else visible[one]
+            )
+            distances.append(distance)
+            nearest.append(others[found])
+        return torch.cat(distances), torch.cat(nearest)
+
+    def _search_groups(
+        self, rows: Tensor, category: Tensor, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of rows (B, N, C), the visible ones, category by category."""
+        asked = torch.ones_like(rows[..., 0], dtype=torch.bool)
+        if visible is not None:
+            asked = visible.flatten(1)
+        k = self.num_neighbors
+        distance = torch.zeros(*asked.shape, k, device=rows.device)
+        nearest = torch.zeros_like(distance, dtype=torch.int64)
+        for index in category.unique():
+            mine, part = asked & (category == index)[:, None], self.rows_for(index)
+            distance[mine], found = nearest_distance(rows[mine], self.patches[part], k=k)
+            nearest[mine] = found + part.start
+        return distance, nearest
+
+    def _search_table(self, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows (B, N, C), those of each image among the bank rows in its row of the table."""
+        distances, nearest = [], []
+        for own, part in zip(rows, table, strict=True):
+            distance, found = nearest_distance(
+                own, self.patches[part], k=self.num_neighbors, hidden=part < 0
+            )
+            distances.append(distance)
+            nearest.append(part[found])
+        return torch.stack(distances), torch.stack(nearest)
 
 
 def read_good_images(
@@ -72,26 +260,14 @@ def draw_images(samples: Sequence[Sample], count: int, seed: int) -> list[Sample
     return drawn
 
 
-def choose_rows(
+def _coreset(
     patches: Tensor,
     groups: Sequence[Tensor],
     ratio: float,
-    *,
-    start: Callable[[Tensor], Tensor | None] = lambda features: None,
-    progress: Callable[[int, int], None] | None = None,
+    start: Callable[[Tensor], Tensor | None],
+    progress: Callable[[int, int], None] | None,
 ) -> Tensor:
-    """Rows of the memory bank: a greedy coreset of each group, one group after the other.
-
-    Args:
-        patches: (R, C).
-        groups: rows that compete with each other.
-        ratio: share of a group that is kept, at least one row; from 1 on all are kept, in order.
-        start: features of a group -> distances before its first pick, see `greedy_coreset`.
-        progress: called with (rows chosen, rows to choose).
-
-    Returns:
-        (M,) int64.
-    """
+    """(M,) int64: a greedy coreset of each group of rows, one after the other; see `choose`."""
     if ratio >= 1:
         return torch.cat(list(groups))
     counts = [max(1, int(ratio * len(rows))) for rows in groups]
@@ -105,101 +281,3 @@ def choose_rows(
         features = patches if len(rows) == len(patches) else patches[rows]
         picks.append(rows[greedy_coreset(features, count, start=start(features), progress=report)])
     return torch.cat(picks)
-
-
-def search_bank(
-    rows: Tensor,
-    bank: Tensor,
-    k: int,
-    *,
-    own: tuple[Tensor, Tensor] | None = None,
-    own_rows: Tensor | None = None,
-    visible: Tensor | None = None,
-    not_from: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Squared distance and index of the k nearest bank rows of every patch.
-
-    Args:
-        rows: (B, N, C).
-        bank: (M, C).
-        own: the images' categories (B,) and the bank rows' (M,), ascending: search only rows of
-            the image's own category. None: all rows.
-        own_rows: `rows_table` of the bank, for graphs: their shapes cannot depend on the category.
-        visible: (B, N) bool; other patches get distance 0 to row 0. None: all.
-        not_from: the images' numbers (B,) and the bank rows' (M,): no image is compared with rows
-            of its own. None: with all rows.
-
-    Returns:
-        distances (B, N, k) float32, ascending, and bank rows (B, N, k) int64.
-
-    Raises:
-        ValueError: fewer than k rows to search.
-    """
-    if not_from is not None:
-        return _search_others(rows, bank, k, own, visible, *not_from)
-    batch, patches, _ = rows.shape
-    if visible is None and own is None:
-        distance, nearest = nearest_distance(rows.flatten(0, 1), bank, k=k)
-        return distance.unflatten(0, (batch, patches)), nearest.unflatten(0, (batch, patches))
-    if own is not None and own_rows is not None and visible is None:
-        return _search_table(rows, bank, k, own_rows[own[0]])
-    distance = rows.new_zeros(batch, patches, k)
-    nearest = torch.zeros_like(distance, dtype=torch.int64)
-    if visible is None:
-        visible = torch.ones(batch, patches, dtype=torch.bool, device=rows.device)
-    if own is None:
-        searches = [(visible, 0, len(bank))]
-    else:
-        image_category, bank_category = own
-        searches = [
-            (
-                visible & (image_category == index)[:, None],
-                int((bank_category < index).sum()),
-                int((bank_category <= index).sum()),
-            )
-            for index in image_category.unique()
-        ]
-    for mine, begin, end in searches:
-        found, row = nearest_distance(rows[mine], bank[begin:end], k=k)
-        distance[mine], nearest[mine] = found, row + begin
-    return distance, nearest
-
-
-def rows_table(bank_category: Tensor, num_categories: int) -> Tensor:
-    """(K, R): the bank rows of each category, ascending, then -1 where it has fewer than R."""
-    groups = [(bank_category == i).nonzero().squeeze(1) for i in range(num_categories)]
-    return nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=-1)
-
-
-def _search_table(rows: Tensor, bank: Tensor, k: int, own_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`search_bank` of all patches of each image in the rows (B, R) of its category."""
-    found = []
-    for patches, mine in zip(rows, own_rows, strict=True):
-        distance, nearest = nearest_distance(patches, bank[mine], k=k, hidden=mine < 0)
-        found.append((distance, mine[nearest]))
-    return torch.stack([pair[0] for pair in found]), torch.stack([pair[1] for pair in found])
-
-
-def _search_others(
-    rows: Tensor,
-    bank: Tensor,
-    k: int,
-    own: tuple[Tensor, Tensor] | None,
-    visible: Tensor | None,
-    image: Tensor,
-    bank_image: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`search_bank` image by image, each in the bank without its own rows."""
-    found = []
-    for i, number in enumerate(image):
-        others = (bank_image != number).nonzero().squeeze(1)
-        mine = slice(i, i + 1)
-        distance, nearest = search_bank(
-            rows[mine],
-            bank[others],
-            k,
-            own=None if own is None else (own[0][mine], own[1][others]),
-            visible=None if visible is None else visible[mine],
-        )
-        found.append((distance, others[nearest]))
-    return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from allgood.recipes.recipe import Recipe
 
-_TRAIN = {
+TRAIN = {
     "steps": 5_000,
     "batch_size": 16,
     "optimizer": "adamw",
@@ -19,7 +19,8 @@ _TRAIN = {
     "weight_decay": 1e-4,
     "gradient_clip": 0.1,
 }
-_UNIAD = Recipe("uniad", levels=(0, 1, 2, 3), image_size=224, train=_TRAIN)
+"""Also of HVQ-Trans, and of UniAS but for its drops."""
+_UNIAD = Recipe("uniad", levels=(0, 1, 2, 3), image_size=224, train=TRAIN)
 
 
 def _published(data: str, source: str, reported: Mapping[str, float], steps: int) -> Recipe:
@@ -27,7 +28,7 @@ def _published(data: str, source: str, reported: Mapping[str, float], steps: int
     return replace(
         _UNIAD,
         encoder="tf_efficientnet_b4.aa_in1k",
-        train={**_TRAIN, "steps": steps, "batch_size": 64},
+        train={**TRAIN, "steps": steps, "batch_size": 64},
         data=data,
         source=source,
         reported=reported,

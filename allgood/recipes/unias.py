@@ -8,19 +8,9 @@ from typing import Any
 
 from allgood.data.augmentation import Augmentation, augmentation
 from allgood.recipes.recipe import Recipe
+from allgood.recipes.uniad import TRAIN
 
-_TRAIN = {
-    "steps": 5_000,
-    "batch_size": 16,
-    "optimizer": "adamw",
-    "learning_rate": 1e-4,
-    "schedule": "drops",
-    "drops": (0.4, 0.8),
-    "warmup_steps": 0,
-    "epsilon": 1e-8,
-    "weight_decay": 1e-4,
-    "gradient_clip": 0.1,
-}
+_TRAIN = {**TRAIN, "drops": (0.4, 0.8)}
 # As the code has them, but for metal_nut, which it flips: there a mirrored part is one of MVTec's
 # defects ("flip"), and training would call it good. hazelnut stays as it is, as in the code, whose
 # lists misspell it.
