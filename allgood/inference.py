@@ -85,10 +85,8 @@ class Inspector:
         if not self.is_exported:
             load_weights(self.detector, self.run / WEIGHTS)
             self.detector.to(self.device).eval()
-            if precision == "bf16":  # now, as autocast would round the weights for every batch
-                for module in self.detector.modules():
-                    if isinstance(module, torch.nn.Linear):
-                        module.bfloat16()
+            if precision == "bf16":
+                round_weights(self.detector)
         self.ignore = read_masks(self.run, self.categories)
         masks = list(self.ignore.values())
         self._same_ignore = len(masks) == len(self.categories) and all(
@@ -368,6 +366,13 @@ def load_weights(detector: torch.nn.Module, path: Path) -> None:
         raise InputError(
             f"{path} holds the weights of another detector ({error}): fit the run again"
         ) from error
+
+
+def round_weights(detector: torch.nn.Module) -> None:
+    """Linear layers to bf16, once, as autocast would round their weights for every batch."""
+    for module in detector.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.bfloat16()
 
 
 def _read_calibration(path: Path) -> Calibration | None:

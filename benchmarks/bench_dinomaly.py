@@ -35,6 +35,7 @@ from allgood.detectors.dinomaly import SCORE_SIDE, Dinomaly, DinomalyConfig
 from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
 from allgood.exported import INFER, ExportedDetector
 from allgood.graph import Graph, write_onnx
+from allgood.inference import round_weights
 from allgood.training.optim import StableAdamW
 from allgood.types import Prediction, TrainingBatch
 
@@ -216,10 +217,12 @@ def inspect_batch(
     rounds: int,
 ) -> None:
     device, size = image.device, (SCORE_SIDE, SCORE_SIDE)
+    rounded = copy.deepcopy(ours)
+    round_weights(rounded)
 
     def judged(bf16: bool = False) -> Prediction:
         with torch.inference_mode(), autocast(device, bf16):
-            return ours.predict(image, map_size=size)
+            return (rounded if bf16 else ours).predict(image, map_size=size)
 
     def judged_plainly(all_blocks: bool = False) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
