@@ -17,26 +17,26 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from allgood.calibrating import calibrate
-    from allgood.converting import convert
-    from allgood.evaluating import evaluate
+    from allgood.calibrating.calibrate import calibrate
+    from allgood.converting.convert import convert
+    from allgood.evaluating.evaluate import evaluate
     from allgood.exporting import export
-    from allgood.filtering import filter
-    from allgood.fitting import fit
+    from allgood.filtering.filter import filter
+    from allgood.fitting.fit import fit
     from allgood.inference import Inspector
-    from allgood.synthesizing import synthesize
+    from allgood.synthesizing.synthesize import synthesize
     from allgood.types import InputError
 
 _HOME = {
     "InputError": "allgood.types",
     "Inspector": "allgood.inference",
-    "calibrate": "allgood.calibrating",
-    "convert": "allgood.converting",
-    "evaluate": "allgood.evaluating",
+    "calibrate": "allgood.calibrating.calibrate",
+    "convert": "allgood.converting.convert",
+    "evaluate": "allgood.evaluating.evaluate",
     "export": "allgood.exporting",
-    "filter": "allgood.filtering",
-    "fit": "allgood.fitting",
-    "synthesize": "allgood.synthesizing",
+    "filter": "allgood.filtering.filter",
+    "fit": "allgood.fitting.fit",
+    "synthesize": "allgood.synthesizing.synthesize",
 }
 
 

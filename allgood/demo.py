@@ -17,8 +17,8 @@ def demo(*, out: Path = Path("allgood-demo"), seed: int = 0) -> None:
         out: folder of the run; an earlier demo there is replaced.
         seed: of the split and of all random choices.
     """
-    from allgood.evaluating import evaluate
-    from allgood.fitting import fit
+    from allgood.evaluating.evaluate import evaluate
+    from allgood.fitting.fit import fit
 
     started = time.monotonic()
     print(

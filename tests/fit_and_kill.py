@@ -15,9 +15,9 @@ import time
 import torch
 import tyro  # noqa: F401
 
-import allgood.banking
 import allgood.detectors.dinomaly
 import allgood.detectors.patchcore
+import allgood.fitting.job
 import allgood.inference
 import allgood.learning  # noqa: F401
 from allgood.cli import main

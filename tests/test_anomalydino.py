@@ -12,7 +12,6 @@ from scipy import ndimage
 from tiny import CATEGORIES, batch_of, fitted, picture, with_defect
 from torch import Tensor
 
-from allgood.banking import fill_bank
 from allgood.data.readers import Dataset, read_data
 from allgood.data.transforms import Transform
 from allgood.detectors import anomalydino
@@ -23,7 +22,8 @@ from allgood.detectors.anomalydino import (
     foreground_mask,
 )
 from allgood.encoders.frozen import FrozenEncoder
-from allgood.fit_setup import few_shots
+from allgood.fitting.banking import fill_bank
+from allgood.fitting.setup import few_shots
 from allgood.layers import nearest
 from allgood.pictures import Pictures
 from allgood.types import InputError, Sample

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import allgood as library
-from allgood import calibrate_job
+from allgood.calibrating import job as calibrate_job
 from allgood.calibration import (
     Calibration,
     GoodScores,

@@ -183,9 +183,9 @@ def test_failing_machine(allgood: Command, tree: Path, monkeypatch: pytest.Monke
 
         return read_data
 
-    monkeypatch.setattr("allgood.fit_setup.read_data", fail(errno.EIO))
+    monkeypatch.setattr("allgood.fitting.setup.read_data", fail(errno.EIO))
     assert allgood("fit", tree) == Answer(1, "", "allgood: disk/run: Input/output error\n")
-    monkeypatch.setattr("allgood.fit_setup.read_data", fail(errno.EACCES))
+    monkeypatch.setattr("allgood.fitting.setup.read_data", fail(errno.EACCES))
     answer = allgood("fit", tree)
     assert answer.code == 1
     assert answer.err == (
@@ -198,7 +198,7 @@ def test_stopped_by_the_user(allgood: Command, tree: Path, monkeypatch: pytest.M
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("allgood.fit_setup.read_data", stop)
+    monkeypatch.setattr("allgood.fitting.setup.read_data", stop)
     answer = allgood("fit", tree)
     assert answer.code == 130
     assert answer.err == "allgood: stopped; the same command goes on where a fit was\n"

@@ -16,9 +16,9 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 import allgood as library
-from allgood import results
 from allgood.calibration import threshold
 from allgood.data.transforms import Transform
+from allgood.evaluating import results
 from allgood.evaluation import judged
 from allgood.inference import Inspector
 from allgood.metrics import PixelState

@@ -21,7 +21,6 @@ from tiny import fitted as fitted_bank
 from torch import Tensor
 
 import allgood as library
-from allgood import filter_job
 from allgood.costfilter import filtered
 from allgood.costfilter.config import FilterConfig
 from allgood.costfilter.filtered import FilteredDetector, volume_grid
@@ -32,7 +31,8 @@ from allgood.data.readers import read_data
 from allgood.data.synthesis import SynthesisConfig, Synthesizer
 from allgood.data.transforms import Transform
 from allgood.drawing import Drawings, require_others
-from allgood.filter_setup import draws_in_time, hold_out, keep_templates
+from allgood.filtering import job as filter_job
+from allgood.filtering.setup import draws_in_time, hold_out, keep_templates
 from allgood.ignored import hide
 from allgood.layers.patch_store import image_number
 from allgood.own_state import load_own_state, own_state

@@ -17,7 +17,7 @@ from killing import Killer
 
 import allgood as library
 from allgood.detectors.patchcore import PatchCoreConfig
-from allgood.held_out import split_for_calibration
+from allgood.fitting.held_out import split_for_calibration
 from allgood.recipes import configured
 from allgood.types import GOOD, InputError, Sample
 from allgood.unfinished import making
@@ -392,7 +392,7 @@ def test_a_mistake_costs_nothing_that_was_learned(
         raise InputError("the encoder's weights are gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("allgood.fit_job.calibrate_on", refuse)
+        patch.setattr("allgood.fitting.job.calibrate_on", refuse)
         assert allgood.refused(*words) == "the encoder's weights are gone"
     answer = allgood(*words, "--resume")
     assert answer.code == 0, answer.err

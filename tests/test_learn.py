@@ -14,7 +14,7 @@ from doors import TINY, Command, content, draw_tree, mask, part
 from killing import Killer
 
 import allgood as library
-from allgood import fit_job
+from allgood.fitting import job as fit_job
 from allgood.recipes import RECIPES, configured, find_recipe
 from allgood.recipes.recipe import NUMBERS, Recipe
 from allgood.training.config import TrainConfig

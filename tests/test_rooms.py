@@ -40,7 +40,6 @@ ROOMS = {
     "graph": {"types", "layers", "exported"},
     "inspection": {"data", "evaluation"},
     "options": {"types"},
-    "held_out": {"types", "data", "calibration", "progress"},
 }
 """Room -> the rooms it may import; each only rooms above it. `allgood` is the version."""
 
@@ -50,54 +49,35 @@ DOORS = {
         *("types", "wording", "data", "encoders", "detectors", "calibration", "runs", "ignored"),
         *("own_state", "exported", "inspection", "options"),
     },
-    "calibrate_job": {"types", "data", "calibration", "runs", "progress", "inference"},
     "calibrating": {
         *("types", "data", "calibration", "runs", "progress", "inference", "options"),
-        "calibrate_job",
     },
-    "banking": {"types", "data", "layers", "pictures", "progress"},
     "learning": {"types", "data", "pictures", "progress", "training"},
-    "fit_job": {
-        *("types", "data", "runs", "progress", "unfinished", "ignored", "pictures", "own_state"),
-        *("calibrate_job", "banking", "learning"),
-    },
-    "fit_setup": {
-        *("types", "data", "encoders", "detectors", "runs", "progress", "ignored", "recipes"),
-    },
     "fitting": {
-        *("types", "data", "encoders", "detectors", "runs", "progress", "unfinished"),
-        *("ignored", "pictures", "recipes", "training", "learning", "held_out"),
-        *("options", "fit_setup", "fit_job"),
-    },
-    "filter_job": {
-        *("types", "costfilter", "drawing", "runs", "progress", "unfinished", "ignored"),
-        *("pictures", "own_state", "training", "inference", "calibrate_job", "learning"),
-    },
-    "filter_setup": {
-        *("types", "data", "calibration", "costfilter", "drawing", "recipes", "runs", "progress"),
-        *("training", "inference", "learning"),
+        *("types", "data", "encoders", "layers", "detectors", "calibration", "runs", "progress"),
+        *("unfinished", "ignored", "pictures", "own_state", "recipes", "training", "options"),
+        *("calibrating", "learning"),
     },
     "filtering": {
-        *("types", "data", "drawing", "pictures", "costfilter", "recipes", "runs", "progress"),
-        *("unfinished", "ignored", "inference", "calibration", "learning", "options"),
-        *("filter_setup", "filter_job"),
+        *("types", "data", "calibration", "costfilter", "drawing", "recipes", "runs", "progress"),
+        *("unfinished", "ignored", "pictures", "own_state", "training", "inference", "options"),
+        *("calibrating", "learning"),
     },
-    "convert_job": {
+    "converting": {
         *("types", "data", "encoders", "detectors", "official", "costfilter", "recipes"),
         *("runs", "progress", "unfinished", "own_state", "ignored", "pictures"),
         *("inference", "learning", "options"),
     },
-    "converting": {"types", "runs", "unfinished", "options", "convert_job"},
     "exporting": {
         *("types", "ignored", "runs", "progress", "unfinished", "exported", "graph", "inference"),
     },
-    "results": {"types", "data", "metrics", "evaluation", "calibration", "runs", "inference"},
-    "judging": {"types", "data", "evaluation", "runs", "progress", "inference"},
     "evaluating": {
-        *("types", "evaluation", "runs", "progress", "inference", "options", "judging", "results"),
+        *("types", "data", "metrics", "evaluation", "calibration", "runs", "progress"),
+        *("inference", "options"),
     },
-    "synthesis_job": {"types", "wording", "data", "evaluation", "runs", "progress"},
-    "synthesizing": {"data", "recipes", "runs", "progress", "options", "synthesis_job"},
+    "synthesizing": {
+        *("types", "wording", "data", "evaluation", "runs", "progress", "recipes", "options"),
+    },
     "demo": {"fitting", "evaluating"},
     "cli": {
         *("types", "wording", "data", "encoders", "detectors", "recipes", "runs", "progress"),

@@ -11,8 +11,8 @@ import torch
 from doors import Command, content
 
 import allgood as library
-from allgood.calibrating import calibrate
-from allgood.fitting import fit
+from allgood.calibrating.calibrate import calibrate
+from allgood.fitting.fit import fit
 from allgood.runs import (
     CALIBRATION,
     CONFIG,

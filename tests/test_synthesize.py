@@ -15,7 +15,7 @@ from PIL import Image
 
 from allgood.data.readers import read_data
 from allgood.data.synthesis import Synthesizer
-from allgood.synthesizing import synthesize
+from allgood.synthesizing.synthesize import synthesize
 from allgood.types import InputError
 
 pytest_plugins = ["doors_fixtures"]

@@ -1,4 +1,4 @@
-"""Door: good pictures and a detector with a memory bank -> its bank.
+"""Behind `fit`: good pictures and a detector with a memory bank -> its bank.
 
 pictures -> patches on disk, so that a killed fit goes on -> the rows of the bank
 """

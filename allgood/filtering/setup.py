@@ -1,4 +1,4 @@
-"""Behind `filtering`: what is asked for, resolved.
+"""Behind `filter`: what is asked for, resolved.
 
 The host, the settings, and which of the good pictures teach the filter, are its templates, measure
 it, or set its thresholds.

@@ -1,4 +1,4 @@
-"""Behind `fitting`: what is asked for, resolved: recipe, good pictures, the network's input."""
+"""Behind `fit`: what is asked for, resolved: recipe, good pictures, the network's input."""
 
 import shlex
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Door: a fitted run and its good pictures -> a run with a CostFilter behind the same detector.
 
-What is asked for is resolved and checked first, before anything is written: `filter_setup` has the
-parts of that. `filter_job` does it.
+What is asked for is resolved and checked first, before anything is written: `setup` has the parts
+of that. `job` does it.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def filter(
     from allgood.data.fingerprint import fingerprint
     from allgood.data.synthesis import SynthesisConfig, Synthesizer
     from allgood.drawing import Drawings
-    from allgood.filter_job import Job, make_run
-    from allgood.filter_setup import (
+    from allgood.filtering.job import Job, make_run
+    from allgood.filtering.setup import (
         VALIDATION_DRAWS,
         draws_in_time,
         fitted_on,

@@ -64,7 +64,7 @@ def convert(
             pictures can be read.
     """
     arguments = dict(locals())
-    from allgood.convert_job import convert_detector, convert_filter
+    from allgood.converting.job import convert_detector, convert_filter
     from allgood.options import require_at_least
     from allgood.runs import command_line
     from allgood.unfinished import refuse_folder

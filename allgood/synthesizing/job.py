@@ -1,4 +1,4 @@
-"""Behind `synthesizing`: which anomalies into which pictures, drawn, and written as one folder."""
+"""Behind `synthesize`: which anomalies into which pictures, drawn, and written as one folder."""
 
 import os
 import shutil

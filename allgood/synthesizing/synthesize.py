@@ -1,7 +1,7 @@
 """Door: good pictures -> pictures with made-up anomalies, their masks, and a sheet to look at.
 
 data read -> foreground chosen -> anomalies drawn beside OUT -> moved to OUT as a whole;
-`synthesis_job` has the parts
+`job` has the parts
 """
 
 import os
@@ -68,7 +68,7 @@ def synthesize(
     from allgood.progress import say
     from allgood.recipes import configured
     from allgood.runs import command_line, write_json
-    from allgood.synthesis_job import (
+    from allgood.synthesizing.job import (
         built_beside,
         contact_sheet,
         draw_all,

@@ -69,13 +69,13 @@ def evaluate(
     """
     started = time.monotonic()
     arguments = dict(locals())
+    from allgood.evaluating.judging import judge, learned_data, test_samples
+    from allgood.evaluating.results import gallery, num_calibration, report_content
     from allgood.evaluation.numbers import numbers
     from allgood.evaluation.protocol import protocol
     from allgood.inference import Inspector
-    from allgood.judging import judge, learned_data, test_samples
     from allgood.options import require_at_least
     from allgood.progress import say
-    from allgood.results import gallery, num_calibration, report_content
     from allgood.runs import (
         METRICS,
         REPORT,

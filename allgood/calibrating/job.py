@@ -1,4 +1,4 @@
-"""Behind `calibrating`: which good pictures count, and what they score."""
+"""Behind `calibrate`: which good pictures count, and what they score."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace

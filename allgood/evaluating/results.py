@@ -1,4 +1,4 @@
-"""Behind `evaluating`: judged pictures -> what the report shows and metrics.json holds."""
+"""Behind `evaluate`: judged pictures -> what the report shows and metrics.json holds."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime

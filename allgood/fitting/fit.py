@@ -1,7 +1,7 @@
 """Door: good pictures -> a run's folder. `allgood.fit` for Python users and the command line.
 
-What is asked for is resolved and checked first, before anything is written: `fit_setup` has parts
-of that. `fit_job` does it.
+What is asked for is resolved and checked first, before anything is written: `setup` has parts of
+that. `job` does it.
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ def fit(
     from allgood.detectors import detector_classes
     from allgood.encoders.frozen import EncoderConfig, FrozenEncoder
     from allgood.encoders.tiled import tiled
-    from allgood.fit_job import Job, make_run
-    from allgood.fit_setup import few_shots, input_transform, read_good, resolved_recipe
-    from allgood.held_out import split_for_calibration
+    from allgood.fitting.held_out import split_for_calibration
+    from allgood.fitting.job import Job, make_run
+    from allgood.fitting.setup import few_shots, input_transform, read_good, resolved_recipe
     from allgood.ignored import read_given
     from allgood.options import choose_device, require_at_least
     from allgood.pictures import Pictures
@@ -268,7 +268,7 @@ def fit(
 def _fit_each(roots: Sequence[str | Path], arguments: Mapping[str, Any]) -> Path:
     """One run per category, in OUT/CATEGORY; those that the same command has finished stay."""
     from allgood.data.augmentation import asked_of, augmentations
-    from allgood.fit_setup import few_shots, read_good, require_same
+    from allgood.fitting.setup import few_shots, read_good, require_same
     from allgood.ignored import read_given
     from allgood.progress import say
     from allgood.runs import CONFIG, command_line, file_name

@@ -1,4 +1,4 @@
-"""Behind `filtering`: one filter, all of it resolved -> its run's folder.
+"""Behind `filter`: one filter, all of it resolved -> its run's folder.
 
 the host's scale -> synthetic anomalies -> its match, once per drawing -> the training loop ->
 measured on drawings kept from it -> calibrated -> published
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from allgood.calibrate_job import calibrate_on
+from allgood.calibrating.job import calibrate_on
 from allgood.costfilter.filtered import FilteredDetector
 from allgood.costfilter.validation import best_fusion, mean_over, validate
 from allgood.drawing import Drawings

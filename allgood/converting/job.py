@@ -1,4 +1,4 @@
-"""Behind `converting`: what authors published -> a run's folder, or a refusal."""
+"""Behind `convert`: what authors published -> a run's folder, or a refusal."""
 
 import shutil
 import time
@@ -60,7 +60,7 @@ def convert_detector(
     device: str,
     command: str,
 ) -> Path:
-    """A run of the authors' detector, see `converting.convert`."""
+    """A run of the authors' detector, see `convert`."""
     started = time.monotonic()
     _refuse_repeated(categories or ())
     samples = _good_samples(good, layout, categories)

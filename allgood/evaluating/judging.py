@@ -1,4 +1,4 @@
-"""Behind `evaluating`: which test pictures, and what the run says of them."""
+"""Behind `evaluate`: which test pictures, and what the run says of them."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -45,7 +45,7 @@ def calibrate(
         InputError: too few pictures for the rate, no category that was learned, no good pictures,
             the run was replaced by another meanwhile.
     """
-    from allgood.calibrate_job import (
+    from allgood.calibrating.job import (
         learned_good,
         require_enough_kept,
         run_digest,

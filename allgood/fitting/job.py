@@ -1,4 +1,4 @@
-"""Behind `fitting`: one fit, all of it resolved -> its run's folder.
+"""Behind `fit`: one fit, all of it resolved -> its run's folder.
 
 detector fitted -> files written -> calibrated -> published
 """
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allgood.banking import fill_bank
-from allgood.calibrate_job import calibrate_on
+from allgood.calibrating.job import calibrate_on
 from allgood.data.fingerprint import fingerprint
+from allgood.fitting.banking import fill_bank
 from allgood.ignored import mask_digests, write_masks
 from allgood.learning import Training, learn
 from allgood.own_state import own_state
